@@ -1,0 +1,1 @@
+"""Medical vision-language models for the Hugging Face ecosystem."""

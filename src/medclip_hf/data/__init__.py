@@ -1,0 +1,1 @@
+"""Data engines: raw sources in, rows on disk out."""

@@ -1,0 +1,1 @@
+"""Protocols and metrics: embeddings in, figures with intervals out."""

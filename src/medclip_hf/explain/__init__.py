@@ -1,0 +1,1 @@
+"""Similarity maps in, pictures out."""

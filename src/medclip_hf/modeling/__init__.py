@@ -1,0 +1,1 @@
+"""The two models: configurations, networks and losses."""

@@ -1,0 +1,1 @@
+"""The processors: files and texts in, model inputs out."""

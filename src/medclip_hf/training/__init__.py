@@ -1,0 +1,1 @@
+"""Rows in, trained weights out: datasets, collators, objectives and the one loop."""
