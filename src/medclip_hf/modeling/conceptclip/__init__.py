@@ -1,0 +1,1 @@
+"""ConceptCLIP: configuration, network and losses."""

@@ -1,0 +1,1 @@
+"""fVLM: configuration, network and losses."""

@@ -1,0 +1,1 @@
+"""fVLM: processor."""
