@@ -273,7 +273,7 @@ def _sum_rows_in_bags(table: Tensor, rows: Tensor, weights: Tensor, bag_ends: Te
 def _similarity_at(patches: Tensor, concepts: Tensor, best: Tensor) -> Tensor:
     """Float32 products (k, n) of each concept (n, D) with its best patch, `best` (k, n), of each image (k, P, D)."""
     chosen = patches.gather(1, best.unsqueeze(-1).expand(-1, -1, patches.shape[2]))  # (k, n, D)
-    return torch.linalg.vecdot(chosen.float(), concepts.float())
+    return (chosen.float() * concepts.float()).sum(-1)  # vecdot would obey autocast
 
 
 def _named_in_caption(concept_ids: Tensor, concept_to_row: Tensor, num_rows: int) -> Tensor:
