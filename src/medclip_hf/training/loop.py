@@ -1,0 +1,544 @@
+"""The one training loop: step, log, validate, save, stop, resume; it knows no model, only an objective."""
+
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import ProjectConfiguration
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from medclip_hf.training import checkpoints
+from medclip_hf.training.arguments import RunArguments
+from medclip_hf.training.checkpoints import RunState
+from medclip_hf.training.gradients import Batch, Objective, backward
+from medclip_hf.training.optimization import learning_rate_at, make_optimizer, set_learning_rate
+from medclip_hf.training.run_record import RunRecord
+from medclip_hf.training.sampling import EpochBatchSampler, steps_per_epoch
+from medclip_hf.training.signals import STOPPING, StopRequest, ignore_stop_signals
+
+logger = logging.getLogger(__name__)
+
+FINAL_MODEL = "final"
+_MAX_SKIPPED_IN_A_ROW = 10
+_MAX_NAMED_ROWS = 20
+# May differ between a run and its continuation: they do not change what is computed.
+_FREE_ON_RESUME = {
+    "output_dir",
+    "num_workers",
+    "log_every",
+    "evaluate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "trackers",
+    "progress_bar",
+    "num_processes",
+    "on_nonfinite_loss",
+}
+
+
+class MapDataset(Protocol):
+    """Rows by (epoch, index); what is random in an example comes from the run's seed, epoch and index alone."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: tuple[int, int], /) -> Any: ...
+
+
+EvaluateFn = Callable[[torch.nn.Module, int], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Args:
+        status: "interrupted" after SIGTERM or SIGINT, with a checkpoint written.
+        step: optimiser steps done.
+        exit_code: for the script to leave with: 0, or 128 + the signal's number, as shells have it.
+        model_path: the final model, ready for `from_pretrained`; None if interrupted.
+        metrics: of the last validation.
+    """
+
+    status: Literal["complete", "interrupted"]
+    step: int
+    exit_code: int
+    model_path: Path | None
+    metrics: dict[str, float]
+
+
+def make_accelerator(arguments: RunArguments) -> Accelerator:
+    """The Accelerator of a run: device, processes, precision and trackers.
+
+    Raises:
+        ValueError: the processes are not those that were asked for, or do not train by plain data parallelism.
+    """
+    if arguments.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    if arguments.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision=arguments.mixed_precision,
+        log_with=list(arguments.trackers) or None,
+        project_config=ProjectConfiguration(arguments.output_dir, str(Path(arguments.output_dir) / "trackers")),
+        # The models have no running statistics: nothing that would have to be sent before each forward pass.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,
+                find_unused_parameters=arguments.find_unused_parameters,
+                gradient_as_bucket_view=True,
+            )
+        ],
+    )
+    _check_processes(accelerator, arguments)
+    missing = set(arguments.trackers) - {getattr(kind, "value", kind) for kind in accelerator.log_with}
+    if missing:
+        raise ValueError(f"no tracker {sorted(missing)} is installed. Run: pip install 'medclip-hf[track]'")
+    return accelerator
+
+
+def train(
+    model: Any,
+    dataset: MapDataset,
+    collator: Callable[[list[Any]], Batch],
+    objective: Objective,
+    arguments: RunArguments,
+    *,
+    processor: Any = None,
+    evaluate_fn: EvaluateFn | None = None,
+    resume: bool | str | Path = False,
+    recipe: Mapping[str, Any] | None = None,
+    accelerator: Accelerator | None = None,
+) -> TrainResult:
+    """Train `model`, write checkpoints and the final model, and say how the run ended.
+
+    Args:
+        model: with `save_pretrained` and `clamp_logit_scales_`; the same weights on every process.
+        dataset: map-style, its keys are (epoch, index).
+        collator: examples → batch, with the keys `row_ids` and `set_aside` beside the tensors.
+        objective: see `gradients.Objective`.
+        arguments: of the run.
+        processor: saved beside the model.
+        evaluate_fn: (unwrapped model in eval mode, step) → named values. Every process calls it, so it may gather; the
+            values of the main process are logged, with "validation_" before their names. Random states are put back
+            afterwards: validating does not change the training.
+        resume: True continues from the newest complete checkpoint in the output folder, or starts if there is none; a
+            path continues from that one. Weights, moments, random states and data order are those of a run that was
+            never stopped.
+        recipe: written to `run.json`.
+        accelerator: from `make_accelerator`, if the caller needed it before.
+
+    Raises:
+        ValueError: an output folder that already holds a run, a checkpoint that is not of this run, too few rows.
+        FloatingPointError: the loss or its gradient is not finite.
+    """
+    accelerator = accelerator or make_accelerator(arguments)
+    run = _Run(model, dataset, collator, objective, arguments, accelerator, processor, evaluate_fn)
+    run.prepare(resume, recipe or {})
+    with StopRequest() as stop:
+        try:
+            return run.finish(run.steps(stop))
+        except BaseException:
+            run.record.set_status("failed", run.step)
+            raise
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+
+
+class _Run:
+    """The state of a run while it lasts."""
+
+    def __init__(
+        self,
+        model: Any,
+        dataset: MapDataset,
+        collator: Callable[[list[Any]], Batch],
+        objective: Objective,
+        arguments: RunArguments,
+        accelerator: Accelerator,
+        processor: Any,
+        evaluate_fn: EvaluateFn | None,
+    ) -> None:
+        self.unwrapped = model
+        self.dataset = dataset
+        self.collator = collator
+        self.objective = objective
+        self.arguments = arguments
+        self.accelerator = accelerator
+        self.processor = processor
+        self.evaluate_fn = evaluate_fn
+        self.output_dir = Path(arguments.output_dir)
+        self.steps_per_epoch = steps_per_epoch(
+            len(dataset), arguments.batch_size_per_process, accelerator.num_processes
+        )
+        self.max_steps = arguments.max_steps or int(arguments.num_epochs or 0) * self.steps_per_epoch
+        self.step = self.first_step = 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        self.rows_set_aside = 0
+        self.saved_step = -1
+        self.last_validation: dict[str, float] = {}
+
+    def prepare(self, resume: bool | str | Path, recipe: Mapping[str, Any]) -> None:
+        """Bring the model to its device, and the run to where it starts."""
+        checkpoint = self._checkpoint_to_resume(resume)
+        if self.arguments.gradient_checkpointing:
+            self.unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model = self.accelerator.prepare_model(self.unwrapped)
+        self.optimizer = make_optimizer(self.unwrapped, self.arguments)
+        _seed_everything(self.arguments.seed, self.accelerator.process_index)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.record = RunRecord(
+            self.output_dir, self.accelerator, {"arguments": asdict(self.arguments), "recipe": recipe}
+        )
+        self.record.start(self.step)
+        if self.arguments.trackers:
+            # TensorBoard forgets what an earlier start logged beyond the step we resume from
+            self.accelerator.init_trackers(
+                self.output_dir.name, init_kwargs={"tensorboard": {"purge_step": self.step + 1}}
+            )
+        logger.info(
+            "training: %d steps of %d rows (%d × %d processes), %d steps an epoch, from step %d",
+            self.max_steps,
+            self.arguments.batch_size_per_process * self.accelerator.num_processes,
+            self.arguments.batch_size_per_process,
+            self.accelerator.num_processes,
+            self.steps_per_epoch,
+            self.step,
+        )
+
+    def steps(self, stop: StopRequest) -> int | None:
+        """Do the remaining steps; gives back the signal that ended them early, if one did."""
+        self.model.train()
+        progress = tqdm(
+            total=self.max_steps,
+            initial=self.step,
+            unit="step",
+            disable=not (self.arguments.progress_bar and self.accelerator.is_main_process),
+        )
+        with progress:
+            clock = time.perf_counter()
+            for batch in self._loader():
+                values = self._step(batch, stop)
+                elapsed, clock = time.perf_counter() - clock, time.perf_counter()
+                values["samples_per_second"] = values.pop("rows") / elapsed
+                progress.update()
+                progress.set_postfix(
+                    loss=f"{values['loss']:.4f}", samples_s=f"{values['samples_per_second']:.1f}", refresh=False
+                )
+                if self.step % self.arguments.log_every == 0 or self.step == self.max_steps:
+                    self._log(values)
+                if _is_due(self.step, self.arguments.evaluate_every):
+                    self._evaluate()
+                    clock = time.perf_counter()
+                stopped_by = int(values["signal"]) or None
+                if stopped_by or _is_due(self.step, self.arguments.checkpoint_every):
+                    self._save()
+                    clock = time.perf_counter()
+                if stopped_by:
+                    return stopped_by
+        return None
+
+    def finish(self, stopped_by: int | None) -> TrainResult:
+        """Write the final model, or leave the checkpoint for another start."""
+        if stopped_by:
+            self.record.set_status("interrupted", self.step)
+            logger.warning("stopped by signal %d after step %d; continue with resume", stopped_by, self.step)
+            return TrainResult("interrupted", self.step, 128 + stopped_by, None, self.last_validation)
+        has_trained, every = self.step > self.first_step, self.arguments.evaluate_every
+        if has_trained and every is not None and self.step % every:
+            self._evaluate()
+        if self.saved_step != self.step:
+            self._save()
+        model_path = self.output_dir / FINAL_MODEL
+        if self.accelerator.is_main_process:
+            checkpoints.save_model(model_path, self.unwrapped, self.processor)
+        self.accelerator.wait_for_everyone()
+        self.record.set_status("complete", self.step)
+        return TrainResult("complete", self.step, 0, model_path, self.last_validation)
+
+    def _step(self, batch: Batch, stop: StopRequest) -> dict[str, float]:
+        """One optimiser step; gives back values that are the same on all processes."""
+        self.record.add_set_aside(self.step + 1, batch["set_aside"])
+        batch = _to_device(batch, self.accelerator.device)
+        learning_rate = learning_rate_at(self.step, self.arguments, self.max_steps, self.steps_per_epoch)
+        set_learning_rate(self.optimizer, learning_rate)
+        values = backward(self.model, self.objective, batch, self.arguments.num_micro_batches, self.accelerator)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            self.unwrapped.parameters(), self.arguments.max_grad_norm or math.inf
+        )
+        agreed = self._agree(values["loss"], grad_norm, batch, stop)
+        if agreed["is_finite"]:
+            self.optimizer.step()
+            self.unwrapped.clamp_logit_scales_()
+            self.skipped_in_a_row = 0
+        else:
+            self._skip_or_stop(values, grad_norm, batch)
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.rows_set_aside += int(agreed.pop("set_aside"))
+        logged = {name: value for name, value in values.items() if name != "loss"}
+        return {"learning_rate": learning_rate, "grad_norm": grad_norm, **logged, **agreed}  # type: ignore[dict-item]
+
+    def _agree(self, loss: torch.Tensor, grad_norm: torch.Tensor, batch: Batch, stop: StopRequest) -> dict[str, float]:
+        """What all processes must know alike, in one message: the loss, whether to step, whether to stop."""
+        is_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        counts = [len(batch["row_ids"]), len(batch["set_aside"]), *(stop.received == number for number in STOPPING)]
+        message = torch.cat(
+            [
+                loss.reshape(1).float(),
+                (~is_finite).reshape(1).float(),
+                torch.tensor(counts, dtype=torch.float32, device=loss.device),
+            ]
+        )
+        loss_sum, num_not_finite, rows, set_aside, *signals = self.accelerator.reduce(message, reduction="sum").tolist()
+        return {
+            "loss": loss_sum / self.accelerator.num_processes,
+            "is_finite": float(num_not_finite == 0),
+            "rows": rows,
+            "set_aside": set_aside,
+            "signal": float(max(number if count else 0 for number, count in zip(STOPPING, signals, strict=True))),
+        }
+
+    def _skip_or_stop(self, values: Mapping[str, torch.Tensor], grad_norm: torch.Tensor, batch: Batch) -> None:
+        """Count a step without a finite loss, or raise an error that helps to find its cause."""
+        names = [name for name, value in values.items() if not torch.isfinite(value).all()]
+        rows = _rows_not_finite(batch)
+        message = (
+            f"step {self.step + 1}: not finite: {', '.join(names) or 'the gradient alone'} (gradient norm "
+            f"{float(grad_norm)}). " + (f"Inputs with NaN or infinity: {rows}. " if rows else "")
+        ) + f"Rows of this process: {batch['row_ids'][:_MAX_NAMED_ROWS]}."
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        if self.arguments.on_nonfinite_loss == "stop" or self.skipped_in_a_row > _MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"{message} Lower the learning rate, look at the rows, or set training.on_nonfinite_loss=skip; "
+                "the newest checkpoint is from before."
+            )
+        logger.warning("%s The step is skipped.", message)
+
+    def _loader(self) -> DataLoader[Any]:
+        """Batches from the current step to the last, through all epochs."""
+        sampler = EpochBatchSampler(
+            len(self.dataset),
+            self.arguments.batch_size_per_process,
+            self.arguments.seed,
+            self.max_steps,
+            first_step=self.step,
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        return DataLoader(
+            self.dataset,  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=self.collator,
+            num_workers=self.arguments.num_workers,
+            worker_init_fn=ignore_stop_signals,
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # its own, so that starting it draws nothing from the run's random states
+        )
+
+    def _log(self, values: Mapping[str, Any]) -> None:
+        """Write one point to all records."""
+        shown = {name: float(value) for name, value in values.items() if name not in ("is_finite", "signal")}
+        shown |= {
+            "epoch": self.step / self.steps_per_epoch,
+            "rows_set_aside": float(self.rows_set_aside),
+            "skipped_steps": float(self.skipped_steps),
+        }
+        self._write(shown)
+
+    def _evaluate(self) -> None:
+        """Validate; the random states stay as they were."""
+        if self.evaluate_fn is None:
+            return
+        state = checkpoints.capture_random_state(self.accelerator.device)
+        self.model.eval()
+        with torch.no_grad():
+            values = self.evaluate_fn(self.unwrapped, self.step)
+        self.model.train()
+        checkpoints.restore_random_state(state, self.accelerator.device)
+        self.last_validation = {f"validation_{name}": float(value) for name, value in values.items()}
+        self._write(self.last_validation)
+        if self.accelerator.is_main_process:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            logger.info("step %d: validation: %s", self.step, shown)
+
+    def _write(self, values: Mapping[str, float]) -> None:
+        self.record.add_metrics(self.step, values)
+        self.accelerator.log(dict(values), step=self.step)
+
+    def _save(self) -> None:
+        """Write a checkpoint of the current step."""
+        state = RunState(
+            step=self.step,
+            num_rows=len(self.dataset),
+            num_processes=self.accelerator.num_processes,
+            arguments=asdict(self.arguments),
+            skipped_steps=self.skipped_steps,
+            rows_set_aside=self.rows_set_aside,
+        )
+        path = checkpoints.save_checkpoint(
+            self.output_dir,
+            state,
+            self.unwrapped,
+            self.optimizer,
+            self.accelerator,
+            processor=self.processor,
+            keep=self.arguments.keep_checkpoints,
+        )
+        self.saved_step = self.step
+        self.record.set_status("running", self.step)
+        logger.info("saved %s", path)
+
+    def _checkpoint_to_resume(self, resume: bool | str | Path) -> Path | None:
+        """Where to continue from. All processes look before the first of them may write."""
+        if resume is True or resume is False:
+            found = checkpoints.find_checkpoint(self.output_dir)
+        else:
+            found = Path(resume)
+        if resume is False and found is not None:
+            raise ValueError(
+                f"{self.output_dir} already holds a run ({found.name}). Resume it, or choose another "
+                "training.output_dir."
+            )
+        _make_output_dir(self.output_dir, self.accelerator)
+        if resume is True and found is None:
+            logger.warning("%s holds no complete checkpoint: the run starts from its beginning", self.output_dir)
+        return found
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Put the run where the checkpoint left it."""
+        state = checkpoints.read_run_state(checkpoint)
+        self._check_same_run(checkpoint, state)
+        checkpoints.restore_checkpoint(checkpoint, self.unwrapped, self.optimizer, self.accelerator)
+        self.step = self.first_step = self.saved_step = state.step
+        self.skipped_steps, self.rows_set_aside = state.skipped_steps, state.rows_set_aside
+
+    def _check_same_run(self, checkpoint: Path, state: RunState) -> None:
+        """Raise a ValueError where continuing would not give what the uninterrupted run gives."""
+        if state.num_processes != self.accelerator.num_processes:
+            raise ValueError(
+                f"{checkpoint} was written by {state.num_processes} processes and cannot be continued by "
+                f"{self.accelerator.num_processes}: dropout would differ. Launch {state.num_processes} processes, or "
+                "start a new run from the checkpoint's weights."
+            )
+        if state.num_rows != len(self.dataset):
+            raise ValueError(
+                f"{checkpoint} was trained on {state.num_rows} rows, but the training split now has "
+                f"{len(self.dataset)}. Start a new run from the checkpoint's weights."
+            )
+        now = asdict(self.arguments)
+        changed = {
+            name: (old, now.get(name))
+            for name, old in state.arguments.items()
+            if name not in _FREE_ON_RESUME and _plain(now.get(name)) != _plain(old)
+        }
+        if changed:
+            told = "; ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
+            raise ValueError(
+                f"{checkpoint} was written with other arguments: {told}. Set them back to resume, or start a new run "
+                "from the checkpoint's weights."
+            )
+
+
+def _check_processes(accelerator: Accelerator, arguments: RunArguments) -> None:
+    """Refuse a launch that is not what was asked for."""
+    plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if accelerator.distributed_type not in plain:
+        raise ValueError(f"this loop trains by plain data parallelism, not by {accelerator.distributed_type.value}.")
+    if arguments.num_processes != 1 and _was_launched_for_several(accelerator):
+        raise ValueError(
+            "several processes were asked for, but only one was started: without GPUs 'accelerate launch' needs mpirun "
+            "for more. Use: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ..., or "
+            "--config_file scripts/launch/cpu_processes.yaml. If one process is meant, say training.num_processes=1."
+        )
+    if arguments.num_processes is not None and arguments.num_processes != accelerator.num_processes:
+        raise ValueError(
+            f"the recipe is made for {arguments.num_processes} processes, but {accelerator.num_processes} run: the "
+            f"global batch would be {arguments.batch_size_per_process * accelerator.num_processes} instead of "
+            f"{arguments.batch_size_per_process * arguments.num_processes} rows. Launch that many, or set "
+            "training.num_processes=null and choose batch size and learning rate for what you have."
+        )
+
+
+def _was_launched_for_several(accelerator: Accelerator) -> bool:
+    """Whether `accelerate launch` was told to start several processes and silently started this one alone.
+
+    On CPUs it leaves that to mpirun: it sets an address to meet at, but no rank.
+    """
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    return accelerator.num_processes == 1 and is_launched and "LOCAL_RANK" not in os.environ
+
+
+def _make_output_dir(output_dir: Path, accelerator: Accelerator) -> None:
+    """Create the folder of the run; see that it can be written to and that all processes see the same one.
+
+    Raises:
+        ValueError: it cannot, or they do not.
+    """
+    probe = output_dir / ".probe"
+    try:
+        if accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        accelerator.wait_for_everyone()
+    except OSError as error:
+        raise ValueError(f"training.output_dir={output_dir} cannot be written to: {error}.") from error
+    is_visible = probe.exists()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        probe.unlink()
+    if not is_visible:
+        raise ValueError(
+            f"training.output_dir={output_dir} is not the same folder for all processes: checkpoints need one that "
+            "every node sees."
+        )
+
+
+def _seed_everything(seed: int, process_index: int) -> None:
+    """Give each process its own random states, so that no two of them drop the same units."""
+    own = np.random.SeedSequence([seed, process_index]).generate_state(1)[0]
+    random.seed(int(own))
+    np.random.seed(int(own))
+    torch.manual_seed(int(own))
+
+
+def _to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def _rows_not_finite(batch: Batch) -> list[str]:
+    """Ids of rows of which an input is NaN or infinite."""
+    row_ids = batch["row_ids"]
+    broken = torch.zeros(len(row_ids), dtype=torch.bool)
+    for value in batch.values():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and len(value) == len(row_ids):
+            broken |= ~torch.isfinite(value).flatten(1).all(dim=1).cpu()
+    return [row_id for row_id, is_broken in zip(row_ids, broken.tolist(), strict=True) if is_broken]
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
