@@ -3,9 +3,8 @@
 import math
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
 from transformers import BertConfig, SiglipVisionConfig
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec, strict
 
 # SigLIP SO400M, patch 14, 384 pixels. ConceptCLIP's weights were trained with the exact GELU; SigLIP's own
 # configuration files name the tanh approximation.
@@ -56,8 +55,8 @@ class ConceptCLIPConfig(PreTrainedConfig):
     """
 
     model_type = "conceptclip"
-    sub_configs_defaults = {  # noqa: RUF012 - transformers resolves it when the class is made
-        "text_config": BertConfig,
+    sub_configs_defaults = {  # noqa: RUF012 - as transformers wants it
+        "text_config": SubConfigSpec(BertConfig),
         "vision_config": SubConfigSpec(SiglipVisionConfig, init_kwargs=SO400M_PATCH14_384),
     }
 

@@ -106,7 +106,7 @@ class ConceptCLIPModel(PreTrainedModel):
     config: ConceptCLIPConfig
     base_model_prefix = "conceptclip"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -147,10 +147,8 @@ class ConceptCLIPModel(PreTrainedModel):
         Raises:
             ValueError: where a folder lacks weights of its tower.
         """
-        vision, info = SiglipVisionModel.from_pretrained(vision_path, output_loading_info=True)
-        _check_tower_is_complete(vision_path, "SigLIP vision", info)
-        text, info = BertModel.from_pretrained(text_path, add_pooling_layer=False, output_loading_info=True)
-        _check_tower_is_complete(text_path, "BERT", info)
+        vision = _load_complete(SiglipVisionModel, vision_path)
+        text = _load_complete(BertModel, text_path, add_pooling_layer=False)
         config = ConceptCLIPConfig(
             vision_config=vision.config.to_dict(), text_config=text.config.to_dict(), **config_kwargs
         )
@@ -338,10 +336,12 @@ class ConceptCLIPModel(PreTrainedModel):
             >>> maps = model.get_concept_maps(**processor(images=images), concept_embeds=concepts)  # (B, 3, 27, 27)
         """
         self._check_has_heads("concept maps")
-        if (input_ids is None) == (concept_embeds is None):
-            raise ValueError("Concept maps need either input_ids or concept_embeds, and not both.")
+        if concept_embeds is not None and input_ids is not None:
+            raise ValueError("Concept maps take either input_ids or concept_embeds, but both came.")
         num_images, _, height, width = pixel_values.shape
         if concept_embeds is None:
+            if input_ids is None:
+                raise ValueError("Concept maps need the concepts: give input_ids or concept_embeds.")
             concept_embeds = self.get_concept_embeds(
                 input_ids, attention_mask, position_ids, token_type_ids, concept_token_spans, concept_mask
             )
@@ -563,12 +563,15 @@ def _whole_text_spans(attention_mask: Tensor) -> Tensor:
     return torch.stack([first + 1, last], dim=1).unsqueeze(1)
 
 
-def _check_tower_is_complete(path: str | PathLike[str], tower: str, loading_info: dict[str, Any]) -> None:
-    missing = sorted(loading_info["missing_keys"])
-    if missing:
+def _load_complete(tower_class: type[PreTrainedModel], path: str | PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """The pre-trained tower at that path, with no weight made up."""
+    loaded: Any = tower_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    tower, loading_info = loaded
+    if missing := sorted(loading_info["missing_keys"]):
         raise ValueError(
-            f"{path} holds no complete {tower} model: {len(missing)} weights are missing, {missing[0]} among them."
+            f"{path} is no complete {tower_class.__name__}: {len(missing)} weights are missing, such as {missing[0]}."
         )
+    return tower
 
 
 __all__ = ["ConceptCLIPModel", "ConceptCLIPOutput"]

@@ -1,1 +1,5 @@
 """ConceptCLIP: processor."""
+
+from .processing_conceptclip import ConceptCLIPProcessor, to_rgb
+
+__all__ = ["ConceptCLIPProcessor", "to_rgb"]
