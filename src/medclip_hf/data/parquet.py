@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
+from filelock import FileLock, Timeout
 
 from medclip_hf.data.records import ConceptMention, FigureRow
 
@@ -92,6 +94,22 @@ def write_text_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextmanager
+def import_lock(folder: Path, split: str) -> Iterator[None]:
+    """Holds a split for this process alone; a crash lets it go.
+
+    Raises:
+        ValueError: where another process holds it.
+    """
+    try:
+        with FileLock(folder / f".{split}.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(
+            f"another process is writing the split {split!r} in {folder}. Wait for it or stop it."
+        ) from error
 
 
 class FigureShardWriter:

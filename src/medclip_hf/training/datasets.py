@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from datasets import Dataset
-from PIL import Image, ImageOps
+from PIL import Image
 
 from medclip_hf.data.images import MAX_PIXELS, UnreadableImage, decode_image, open_image, path_inside, read_file
+from medclip_hf.data.mapped import MappedRows, cache_folder
 from medclip_hf.data.parquet import find_shards, record_to_row
 from medclip_hf.data.records import ConceptMention, FigureRow
 from medclip_hf.data.stages import Drop
-
-logger = logging.getLogger(__name__)
+from medclip_hf.processing.conceptclip.processing_conceptclip import to_rgb
 
 COLUMNS = ["row_id", "image", "caption", "concepts"]
-ROWS_PER_BATCH = 1000  # at most, of the memory map: opening it costs memory per batch
 
 Box = tuple[int, int, int, int]
 
@@ -42,9 +38,9 @@ class FigureExample:
 class FigureDataset:
     """A map-style data set of `FigureExample`, memory-mapped, the same for any number of workers and after a resume.
 
-    The Parquet shards are turned once into Arrow files under `cache_dir`, which every process of the machine maps: a
-    process holds no row of its own, whatever their number. The key of an example is `(epoch, index)`, or `index` alone
-    for epoch 0; its crop depends on (seed, epoch, index) and on nothing else.
+    The Parquet shards are turned once into Arrow files under `cache_dir`, which every process of the machine maps
+    (`data.mapped`): a process holds no row of its own, whatever their number. The key of an example is
+    `(epoch, index)`, or `index` alone for epoch 0; its crop depends on (seed, epoch, index) and on nothing else.
 
     Args:
         folder: of the shards; paths of images that are no bytes in the shards are relative to it.
@@ -88,7 +84,8 @@ class FigureDataset:
             raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
         if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"crop_scale must be (least, most) within (0, 1], or None for no crop; got {crop_scale}")
-        self._rows = _map_rows(self.folder, split, Path(cache_dir) if cache_dir else self.folder / ".cache")
+        cache = cache_folder(self.folder, Path(cache_dir) if cache_dir else None)
+        self._rows = MappedRows(find_shards(self.folder, split), COLUMNS, cache)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -97,7 +94,7 @@ class FigureDataset:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a data set with {len(self)} rows")
-        row = record_to_row(self._rows[int(index)].to_pylist()[0])
+        row = record_to_row(self._rows[int(index)])
         problem = _problem_of_text(row)
         if problem is not None:
             return problem
@@ -169,14 +166,15 @@ def _crop_and_resize(image: Image.Image, box: Box | None, size_hw: tuple[int, in
         shrink = min((box[2] - box[0]) / target_width, (box[3] - box[1]) / target_height)
         if shrink >= 2:
             image.draft(image.mode, (int(image.width / shrink) + 1, int(image.height / shrink) + 1))
-    image = _to_rgb(decode_image(image, name))
+    try:
+        image = to_rgb(decode_image(image, name))
+    except UnreadableImage:
+        raise
+    except ValueError as error:  # decoded, but with values that have no meaning as RGB
+        raise UnreadableImage("image cannot become RGB", f"{name}: {error}") from error
     scale_x, scale_y = image.width / full_width, image.height / full_height
     scaled_box = None if box is None else (box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y)
     return image.resize((target_width, target_height), Image.Resampling.BICUBIC, box=scaled_box)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _problem_of_text(row: FigureRow) -> Drop | None:
@@ -188,26 +186,3 @@ def _problem_of_text(row: FigureRow) -> Drop | None:
             span = f"[{concept.start_char}, {concept.end_char}) of {concept.cui} in {len(row.caption)} characters"
             return Drop("concept span outside the caption", span, row.row_id)
     return None
-
-
-def _map_rows(folder: Path, split: str, cache_dir: Path) -> Any:
-    """The rows of a split as a memory map that gives a one-row Arrow table per index."""
-    shards = find_shards(folder, split)
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write the cache {cache_dir}: {error.strerror}. Name a writable folder as cache_dir."
-        ) from error
-    rows = Dataset.from_parquet(
-        [str(path) for path in shards],
-        cache_dir=str(cache_dir),
-        columns=COLUMNS,
-        batch_size=ROWS_PER_BATCH,
-        writer_batch_size=ROWS_PER_BATCH,
-    )
-    missing = sorted(set(COLUMNS) - set(rows.column_names))
-    if missing:
-        raise ValueError(f"{shards[0]} lacks the columns {missing}; a figure row has {COLUMNS}")
-    logger.info("%d rows of the split %r mapped from %d shards in %s", len(rows), split, len(shards), folder)
-    return rows.with_format("arrow")
