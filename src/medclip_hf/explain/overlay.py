@@ -1,0 +1,189 @@
+"""Concept maps laid over the picture they belong to, as arrays and as PNG."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+COLOUR_MAP = "inferno"  # perceptually uniform, and ordered in grey and for colour-blind readers
+MAX_OPACITY = 0.75
+_BACKDROP = 0.5  # grey behind the colours of the bar
+_OUTLINE_COLOURS = ("#00e5ff", "#000000")  # line and its border: visible on any picture
+_TILE_INCHES, _DPI = 2.4, 130
+
+Pixels = NDArray[np.uint8]
+
+
+def overlay_map(
+    image: Image.Image | ArrayLike,
+    concept_map: ArrayLike | torch.Tensor,
+    *,
+    value_range: tuple[float, float] | None = None,
+    max_opacity: float = MAX_OPACITY,
+) -> Pixels:
+    """The picture (H, W, 3), uint8, with a map over it: the higher the value, the brighter and the more opaque.
+
+    Args:
+        image: PIL image, or (H, W), (H, W, 3) uint8.
+        concept_map: (rows, columns), one value per patch; brought to the picture's size bilinearly.
+        value_range: values drawn transparent and fully; None: least and greatest of this map. Give the same range to
+            maps that are to be compared.
+        max_opacity: of the greatest value, in [0, 1].
+
+    Raises:
+        ValueError: a picture or map of another shape, a map that is not finite, a range that is not rising.
+    """
+    pixels, values = _as_rgb(image), _as_maps(concept_map, is_stack=False)[0]
+    if not 0.0 <= max_opacity <= 1.0:
+        raise ValueError(f"max_opacity must lie in [0, 1], got {max_opacity}")
+    low, high = _checked_range(values, value_range)
+    upsampled = torch.nn.functional.interpolate(
+        torch.from_numpy(values)[None, None], size=pixels.shape[:2], mode="bilinear", align_corners=False
+    )[0, 0].numpy()
+    share = np.clip((upsampled - low) / (high - low), 0.0, 1.0)
+    return _blend(pixels.astype(np.float32) / 255.0, share, max_opacity)
+
+
+def draw_concept_panel(
+    image: Image.Image | ArrayLike,
+    concept_maps: ArrayLike | torch.Tensor,
+    concept_names: Sequence[str],
+    *,
+    outlines: Sequence[ArrayLike | None] | None = None,
+    value_range: tuple[float, float] | None = None,
+    value_label: str = "cosine similarity",
+    title: str = "",
+) -> Pixels:
+    """A drawing (h, w, 3), uint8: the picture, then one tile per concept with its name, and a colour bar.
+
+    All tiles share one range, so a concept that is not in the picture stays pale beside one that is.
+
+    Args:
+        image: PIL image, or (H, W), (H, W, 3) uint8.
+        concept_maps: (C, rows, columns), as `get_concept_maps` gives them for one image.
+        concept_names: C names; long ones are wrapped.
+        outlines: per concept a mask (H, W) whose border is drawn (the true region, a reader's contour), or None.
+        value_range: of the colours; None: least and greatest value of all maps.
+        value_label: what the colour bar measures.
+        title: above everything; may be empty.
+
+    Raises:
+        ValueError: as `overlay_map`; numbers of maps, names and outlines that differ.
+    """
+    pixels, maps = _as_rgb(image), _as_maps(concept_maps)
+    masks = list(outlines) if outlines is not None else [None] * len(maps)
+    if not len(maps) == len(concept_names) == len(masks):
+        raise ValueError(f"got {len(maps)} maps, {len(concept_names)} names and {len(masks)} outlines")
+    low, high = _checked_range(maps, value_range)
+    figure, tiles = _lay_out(len(maps), pixels.shape[1] / pixels.shape[0], title)
+    _show(tiles[0], pixels, "image")
+    for tile, values, name, mask in zip(tiles[1 : len(maps) + 1], maps, concept_names, masks, strict=True):
+        _show(tile, overlay_map(pixels, values, value_range=(low, high)), name)
+        if mask is not None:
+            _draw_outline(tile, np.asarray(mask, dtype=bool), pixels, name)
+    _draw_colour_bar(figure, tiles, (low, high), value_label)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def encode_png(pixels: ArrayLike) -> bytes:
+    """The bytes of a PNG file of (H, W, 3) or (H, W), uint8."""
+    buffer = io.BytesIO()
+    Image.fromarray(_as_rgb(pixels)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def save_png(pixels: ArrayLike, path: str | Path) -> Path:
+    """Path of the PNG written; its folder is made if missing."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(encode_png(pixels))
+    return target
+
+
+def _blend(picture: NDArray[np.float32], share: NDArray[np.float32], max_opacity: float) -> Pixels:
+    colours = matplotlib.colormaps[COLOUR_MAP](share)[..., :3].astype(np.float32)
+    opacity = (max_opacity * share)[..., None]
+    return np.rint(255.0 * (picture * (1.0 - opacity) + colours * opacity)).astype(np.uint8)
+
+
+def _lay_out(num_maps: int, aspect: float, title: str) -> tuple[Figure, list[Any]]:
+    columns = min(num_maps + 1, 4)
+    rows = -(-(num_maps + 1) // columns)
+    width, height = columns * _TILE_INCHES * max(aspect, 0.4) + 1.1, rows * (_TILE_INCHES + 0.45)
+    figure = Figure(figsize=(width, height + (0.4 if title else 0.0)), dpi=_DPI, layout="constrained")
+    tiles = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for tile in tiles:
+        tile.set_axis_off()
+    if title:
+        figure.suptitle(textwrap.fill(title, 22 * columns), fontsize=11, parse_math=False)
+    return figure, tiles
+
+
+def _show(tile: Any, pixels: Pixels, name: str) -> None:
+    tile.imshow(pixels, interpolation="nearest" if min(pixels.shape[:2]) < 200 else "antialiased")
+    tile.set_title(textwrap.fill(name, 24) or " ", fontsize=10, parse_math=False)
+
+
+def _draw_outline(tile: Any, mask: NDArray[np.bool_], pixels: Pixels, name: str) -> None:
+    if mask.shape != pixels.shape[:2]:
+        raise ValueError(f"the outline of {name!r} has shape {mask.shape}, the picture {pixels.shape[:2]}")
+    if mask.any() and not mask.all():
+        padded = np.pad(mask.astype(np.float32), 1)  # so that a region at the border is closed
+        x, y = np.arange(-1, mask.shape[1] + 1), np.arange(-1, mask.shape[0] + 1)
+        for colour, line_width in zip(reversed(_OUTLINE_COLOURS), (2.6, 1.3), strict=True):
+            tile.contour(x, y, padded, levels=[0.5], colors=[colour], linewidths=[line_width])
+        tile.set_xlim(-0.5, mask.shape[1] - 0.5)
+        tile.set_ylim(mask.shape[0] - 0.5, -0.5)
+
+
+def _draw_colour_bar(figure: Figure, tiles: list[Any], value_range: tuple[float, float], label: str) -> None:
+    share = np.linspace(0.0, 1.0, 256, dtype=np.float32)[None]
+    shown = _blend(np.full((1, 256, 3), _BACKDROP, np.float32), share, MAX_OPACITY)[0] / 255.0
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(*value_range), ListedColormap(shown))
+    bar = figure.colorbar(scale, ax=tiles, shrink=0.85, pad=0.02, aspect=25)
+    bar.set_label(label, fontsize=10)
+    bar.ax.tick_params(labelsize=9)
+
+
+def _as_rgb(image: Image.Image | ArrayLike) -> Pixels:
+    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[..., None], 3, axis=2)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
+        raise ValueError(f"expected a picture (H, W) or (H, W, 3) of uint8, got {pixels.dtype} of shape {pixels.shape}")
+    return pixels
+
+
+def _as_maps(concept_maps: ArrayLike | torch.Tensor, is_stack: bool = True) -> NDArray[np.float32]:
+    if isinstance(concept_maps, torch.Tensor):
+        concept_maps = concept_maps.detach().float().cpu().numpy()
+    maps = np.asarray(concept_maps, dtype=np.float32)
+    if maps.ndim != (3 if is_stack else 2) or 0 in maps.shape:
+        axes = "at least one map, stacked (C, rows, columns)" if is_stack else "one map (rows, columns)"
+        raise ValueError(f"expected {axes}, got shape {maps.shape}")
+    maps = maps if is_stack else maps[None]
+    if not np.isfinite(maps).all():
+        raise ValueError("a concept map holds values that are not finite")
+    return maps
+
+
+def _checked_range(maps: NDArray[np.float32], value_range: tuple[float, float] | None) -> tuple[float, float]:
+    if value_range is None:
+        low, high = float(maps.min()), float(maps.max())
+        return low, high if high > low else low + 1.0  # a flat map stays transparent
+    low, high = value_range
+    if not low < high:
+        raise ValueError(f"value_range must rise, got {value_range}")
+    return float(low), float(high)
