@@ -190,6 +190,14 @@ def _grid_size_dhw(size_dhw: Sequence[int], patch_size_dhw: Sequence[int], name:
     return depth, height, width
 
 
+def _check_pixel_values(pixel_values: Tensor, num_channels: int) -> None:
+    if pixel_values.ndim != 5 or pixel_values.shape[1] != num_channels:
+        raise ValueError(
+            f"pixel_values has shape (batch, {num_channels}, depth, height, width), but {tuple(pixel_values.shape)} "
+            "came. FVLMImageProcessor gives this shape."
+        )
+
+
 # Vision tower ----------------------------------------------------------------------------------------------------
 
 
@@ -223,11 +231,7 @@ class FVLMVisionEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, P, hidden) tokens of `pixel_values` (B, channels, D, H, W)."""
-        if pixel_values.ndim != 5 or pixel_values.shape[1] != self.num_channels:
-            raise ValueError(
-                f"pixel_values has shape (batch, {self.num_channels}, depth, height, width), but "
-                f"{tuple(pixel_values.shape)} came. FVLMImageProcessor gives this shape."
-            )
+        _check_pixel_values(pixel_values, self.num_channels)
         grid_size_dhw = _grid_size_dhw(pixel_values.shape[2:], self.patch_size_dhw, "pixel_values")
         patch_embeds = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         hidden_states = patch_embeds.flatten(2).transpose(1, 2)  # (batch, num_patches, hidden)
@@ -725,6 +729,7 @@ class FVLMModel(FVLMPreTrainedModel):
         """(B, A, P) bool from whichever mask came; raises where it does not belong to the volumes."""
         if (anatomy_mask is None) == (token_mask is None):
             raise ValueError("Exactly one of anatomy_mask and anatomy_token_mask must come with pixel_values.")
+        _check_pixel_values(pixel_values, self.vision_model.config.num_channels)
         patch_size_dhw = self.vision_model.config.patch_size_dhw
         size_dhw = tuple(pixel_values.shape[2:])
         if anatomy_mask is not None:
