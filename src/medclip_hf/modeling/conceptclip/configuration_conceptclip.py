@@ -1,6 +1,8 @@
 """Configuration of ConceptCLIP: two tower configurations and what joins them."""
 
 import math
+from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any
 
 from transformers import BertConfig, SiglipVisionConfig
@@ -17,20 +19,6 @@ SO400M_PATCH14_384 = {
     "patch_size": 14,
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-6,
-}
-
-# What a config.json may hold beside the fields below; any other key is a slip of the pen.
-_KEYS_OF_TRANSFORMERS = {
-    "attn_implementation",
-    "auto_map",
-    "custom_pipelines",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "quantization_config",
-    "torch_dtype",
 }
 
 
@@ -51,7 +39,7 @@ class ConceptCLIPConfig(PreTrainedConfig):
         concept_logit_bias_init_value: as `logit_bias_init_value`, for the patch-concept logits.
 
     Raises:
-        ValueError: on an unknown key or a tower that cannot serve.
+        ValueError: on a misspelt key or a tower that cannot serve.
     """
 
     model_type = "conceptclip"
@@ -69,12 +57,17 @@ class ConceptCLIPConfig(PreTrainedConfig):
     concept_logit_scale_init_value: float | int = math.log(1 / 0.07)
     concept_logit_bias_init_value: float | int = -10.0
 
-    def __post_init__(self, **kwargs: object) -> None:
-        unknown = sorted(key for key in kwargs if key not in _KEYS_OF_TRANSFORMERS and not key.startswith("_"))
-        if unknown:
-            raise ValueError(f"ConceptCLIPConfig knows no {', '.join(unknown)}. Correct the spelling or leave it out.")
+    def __post_init__(self, **kwargs: Any) -> None:
+        _check_spelling(kwargs, [field.name for field in fields(type(self))])
         super().__post_init__(**kwargs)
         _check_vision_config(self.vision_config)
+
+
+def _check_spelling(extra: dict[str, Any], known: list[str]) -> None:
+    """Refuse what can only be a misspelt field; other extra keys stay, as tools of the Hub add their own."""
+    for key in extra:
+        if meant := get_close_matches(key, known, n=1, cutoff=0.8):
+            raise ValueError(f"ConceptCLIPConfig knows no {key!r}. Did you mean {meant[0]!r}?")
 
 
 def _check_vision_config(config: PreTrainedConfig) -> None:

@@ -96,10 +96,13 @@ class ConceptCLIPProcessor(ProcessorMixin):
         features["concept_mask"] = torch.from_numpy(mask) if as_tensors else mask
         return features
 
-    @property
-    def model_input_names(self) -> list[str]:
-        """Names of everything a call can give the model."""
-        return [*super().model_input_names, "concept_token_spans", "concept_mask"]
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> list[str]:
+        """Save as `ProcessorMixin` does, and leave this object as it was: saving code would mark it with `auto_map`."""
+        unmarked = [part for part in (self, self.image_processor) if not hasattr(part, "auto_map")]
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        for part in unmarked:
+            vars(part).pop("auto_map", None)
+        return files
 
 
 def token_spans_of_concepts(
