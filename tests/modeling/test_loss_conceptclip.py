@@ -145,6 +145,36 @@ def test_spans_past_the_text_are_masked_and_those_inside_equal_the_official_ones
         assert gradient.isfinite().all()
 
 
+def test_two_official_processes_equal_one_of_ours_once_each_normalises_by_its_own_concepts(goldens):
+    """The release divides by the concepts of the process that owns them, 3 and 6 here; ours by those of all, 9."""
+    tensors = load_file(goldens / "conceptclip_losses_base_ws2.safetensors")
+    names = ("image_features", "text_features", "image_token_features", "text_token_features")
+    merged = {f"in.{name}": torch.cat([tensors[f"rank{r}.in.{name}"] for r in (0, 1)]) for name in names}
+    leaves = {name: merged[f"in.{name}"].requires_grad_() for name in names}
+    scalar_names = ("logit_scale_param", "logit_bias", "concept_logit_scale_param", "concept_logit_bias")
+    leaves |= {name: tensors[f"in.{name}"].clone().requires_grad_() for name in scalar_names}
+    official, owners, pooled = 0.0, [], []
+    patches = F.normalize(leaves["image_token_features"], dim=-1)
+    scale, bias = leaves["concept_logit_scale_param"].exp(), leaves["concept_logit_bias"]
+    for rank in (0, 1):
+        spans, mask = golden_spans({name: tensors[f"rank{rank}.{name}"] for name in ("in.meta_infos", "in.span_nums")})
+        pooled.append(pool_concepts(leaves["text_token_features"][3 * rank : 3 * rank + 3], spans, mask)[mask])
+        owners.append(mask.nonzero()[:, 0] + 3 * rank)
+        official = official + patch_concept_alignment_loss(patches, pooled[rank], owners[rank], scale, bias) / 2
+    image_text = image_text_alignment_loss(
+        leaves["image_features"], leaves["text_features"], leaves["logit_scale_param"].exp(), leaves["logit_bias"]
+    )
+    total = image_text + tensors["in.concept_loss_weight"] * official
+    torch.testing.assert_close(total, tensors["ddp_mean.out.total_loss"], **LOSS_TOLERANCE)
+    found = torch.autograd.grad(total, list(leaves.values()), retain_graph=True)
+    for name, gradient in zip(leaves, found, strict=True):
+        torch.testing.assert_close(gradient, tensors[f"ddp_mean.grad_total.{name}"], **GRADIENT_TOLERANCE)
+
+    ours = patch_concept_alignment_loss(patches, torch.cat(pooled), torch.cat(owners), scale, bias)
+    own_means = [patch_concept_alignment_loss(patches, p, o, scale, bias) for p, o in zip(pooled, owners, strict=True)]
+    torch.testing.assert_close(ours, (3 * own_means[0] + 6 * own_means[1]) / 9)
+
+
 # Image-text alignment
 
 

@@ -5,6 +5,8 @@ divides by the global number of columns: the sum over processes is the loss of o
 No function keeps more than one chunk of its similarities; two constants bound a chunk.
 """
 
+import math
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# A chunk of similarities on a CPU should stay in cache; on an accelerator a launch should be worth its while.
-CPU_CHUNK_BYTES = 4 * 2**20
+# A chunk of similarities on a CPU should stay in cache; on an accelerator it should be worth its kernel launches.
+CPU_CHUNK_BYTES = 3 * 2**20
 ACCELERATOR_CHUNK_BYTES = 128 * 2**20
 
 
@@ -184,17 +186,20 @@ class _SigmoidPairLossSum(torch.autograd.Function):
         total = images.new_zeros(())
         slope_images, slope_texts = torch.zeros_like(images), torch.zeros_like(texts)
         slope_bias = torch.zeros_like(bias)
-        chunk_rows = _rows_per_chunk(len(texts), images)
-        for start in range(0, len(images), chunk_rows):
-            rows = images[start : start + chunk_rows]
-            logits = (rows @ texts.T).mul_(scale).add_(bias)
-            logits.diagonal(first_image + start).neg_()  # now each entry is -z logit
+        # Nearly square chunks: a chunk of few rows would reread all texts and their gradients for little arithmetic.
+        rows = min(math.isqrt(_chunk_entries(images)), max(len(images), 1))
+        columns = _chunk_entries(images) // rows
+        for row, column in product(range(0, len(images), rows), range(0, len(texts), columns)):
+            some_images, some_texts = images[row : row + rows], texts[column : column + columns]
+            own = first_image + row - column  # the diagonal on which images meet their captions, if inside
+            logits = (some_images @ some_texts.T).mul_(scale).add_(bias)
+            logits.diagonal(own).neg_()  # now each entry is -z logit
             total += F.softplus(logits).sum()
             if gradients:
                 slopes = logits.sigmoid_()
-                slopes.diagonal(first_image + start).neg_()  # now each entry is d loss / d logit
-                torch.mm(slopes, texts, out=slope_images[start : start + chunk_rows])
-                slope_texts.addmm_(slopes.T, rows)
+                slopes.diagonal(own).neg_()  # now each entry is d loss / d logit
+                slope_images[row : row + rows].addmm_(slopes, some_texts)
+                slope_texts[column : column + columns].addmm_(slopes.T, some_images)
                 slope_bias += slopes.sum()
         if gradients:
             slope_scale = torch.linalg.vecdot(slope_images, images).sum().reshape(scale.shape)
@@ -216,8 +221,8 @@ class _BestPatchSimilarity(torch.autograd.Function):
         product_dtype = _product_dtype(patches)
         values = patches.new_empty((num_images, len(concepts)), dtype=_loss_dtype(patches))
         indices = patches.new_empty((num_images, len(concepts)), dtype=torch.int64)
-        columns = _rows_per_chunk(num_patches, patches, limit=len(concepts))
-        rows = _rows_per_chunk(num_patches * columns, patches, limit=num_images)
+        columns = max(min(_chunk_entries(patches) // num_patches, len(concepts)), 1)
+        rows = max(_chunk_entries(patches) // (num_patches * columns), 1)
         for first in range(0, len(concepts), columns):
             some_concepts = concepts[first : first + columns]
             transposed = some_concepts.to(product_dtype).T
@@ -287,11 +292,10 @@ def _named_in_caption(concept_ids: Tensor, concept_to_row: Tensor, num_rows: int
     return named[:num_rows, key]
 
 
-def _rows_per_chunk(row_length: int, like: Tensor, limit: int | None = None) -> int:
-    """How many rows of that length fill one chunk: at least 1, at most `limit`."""
+def _chunk_entries(like: Tensor) -> int:
+    """How many similarities of the tensor's precision fill one chunk on its device."""
     budget = CPU_CHUNK_BYTES if like.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-    rows = max(budget // (like.element_size() * max(row_length, 1)), 1)
-    return rows if limit is None else max(min(rows, limit), 1)
+    return max(budget // like.element_size(), 1)
 
 
 def _loss_dtype(tensor: Tensor) -> torch.dtype:
