@@ -123,7 +123,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tiny, tmp_path):
 
 def test_an_output_folder_that_cannot_be_written_is_refused_before_training(tiny, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="output_dir=.*cannot be written"):
+    with pytest.raises(ValueError, match=r"output_dir=.*cannot be written"):
         run(tiny, tmp_path / "file" / "run")
 
 

@@ -1,6 +1,6 @@
 """A model, data and objective of a few numbers for tests of the loop; run as a script it is one training process.
 
-python tiny_training.py '{"output_dir": "...", "max_steps": 8}' [--resume] [--step_seconds 0.1]
+python tiny_training.py '{"output_dir": "...", "max_steps": 8}' [--resume] [--step_seconds 0.1] [--no_dropout]
 """
 
 import argparse
@@ -118,7 +118,7 @@ def main():
     parser.add_argument("arguments", type=json.loads)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--step_seconds", type=float, default=0.0)
-    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--no_dropout", action="store_true")
     options = parser.parse_args()
 
     objective = Matching()
@@ -128,9 +128,12 @@ def main():
         )
     arguments = RunArguments(progress_bar=False, **options.arguments)
     accelerator = make_accelerator(arguments)
+    model = new_model()
+    if options.no_dropout:
+        model.dropout.p = 0.0
     result = train(
-        new_model(),
-        Numbers(options.rows),
+        model,
+        Numbers(),
         collate_without_row_5,
         objective,
         arguments,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-_SMALLEST_BITS = 10  # a smaller Feistel domain would not mix
+_SMALLEST_BITS = 4  # a smaller Feistel domain would not mix
 _ROUNDS = 8
 
 
