@@ -3,11 +3,9 @@
 import csv
 import json
 import logging
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 from medclip_hf.data.phantoms.torso_findings import FINDINGS
 from medclip_hf.data.phantoms.torso_reports import write_report
 from medclip_hf.data.phantoms.torsos import Torso, TorsoPlan, TorsoSettings, draw_torso, plan_patient
+from medclip_hf.data.stages import map_in_order
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ def write_ct_rate(
     layout: str = "fixed",
     orientations: Sequence[str] = ("LPS", "LPS", "RAS", "LAS", "LPI"),
     settings: TorsoSettings | None = None,
-    num_workers: int = 1,
+    num_workers: int = 0,
 ) -> list[Path]:
     """Paths of the volumes written: a tree in CT-RATE's layout under `folder`/dataset.
 
@@ -81,7 +80,7 @@ def write_ct_rate(
             position in the metadata table alone (`train`).
         orientations: axis codes of the NIfTI arrays, one drawn for each volume; layout "original" is always LPS.
         settings: how torsos are drawn.
-        num_workers: processes.
+        num_workers: processes (0: this one).
 
     Raises:
         ValueError: on an unknown split, layout or orientation.
@@ -94,7 +93,7 @@ def write_ct_rate(
     _check_orientations(orientations)
     root = Path(folder) / "dataset"
     work = partial(_write_patient, root, split, seed, layout, tuple(orientations), settings)
-    written = [volume for patient in _each(work, range(num_patients), num_workers) for volume in patient]
+    written = [volume for patient in map_in_order(work, range(num_patients), num_workers, 4) for volume in patient]
     _write_tables(root, split, [rows for _, rows in written])
     truth = root / "phantom_truth" / "findings.json"
     truth.parent.mkdir(parents=True, exist_ok=True)
@@ -119,14 +118,6 @@ def _check_orientations(orientations: Sequence[str]) -> None:
     for code in orientations:
         if sorted(axis_of.get(letter, -1) for letter in code) != [0, 1, 2]:
             raise ValueError(f"orientations holds {code!r}; expected one letter of each of L/R, A/P and I/S, as 'LPS'.")
-
-
-def _each(work: partial[list[tuple[Path, _Rows]]], patients: range, num_workers: int) -> Iterable[Any]:
-    if num_workers <= 1:
-        yield from map(work, patients)
-        return
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(work, patients, chunksize=max(1, min(16, len(patients) // (4 * num_workers))))
 
 
 def _write_patient(
