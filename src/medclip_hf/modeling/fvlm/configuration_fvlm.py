@@ -5,8 +5,8 @@ from typing import Any
 from transformers import BertConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec, strict
 
-# The anatomies of a batch travel as the bits of one integer for each voxel; the 64th bit is the sign.
-MAX_ANATOMIES = 62
+# An anatomy is a bit of a 64-bit integer; one bit is the background's, one that of unknown ids, one is the sign.
+MAX_ANATOMIES = 61
 
 
 @strict
