@@ -15,8 +15,8 @@ from tqdm import tqdm
 from medclip_hf.data.medconcept import ImportPlan, ImportState, import_medconcept
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line, or what stands for it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="JSON lines: caption, image, umls_meta_info")
     parser.add_argument(
@@ -29,13 +29,13 @@ def parse_arguments() -> argparse.Namespace:
         "--keep-paths", action="store_true", help="rows name their image instead of holding it; --images below --output"
     )
     parser.add_argument("--workers", type=int, default=0, help="processes that check lines and images (0: this one)")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> int:
-    """Run the import and print what was kept and what was dropped."""
+def main(command_line: list[str] | None = None) -> int:
+    """Run the import and print what was kept and what was dropped; 0 if rows were kept, 1 if none, 2 for an error."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    arguments = parse_arguments()
+    arguments = parse_arguments(command_line)
     plan = ImportPlan(
         source=arguments.source,
         image_folder=arguments.images,

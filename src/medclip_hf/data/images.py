@@ -85,7 +85,7 @@ def open_image(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image
         max_pixels: limit of width × height, checked before anything is decoded: a few kilobytes can declare gigapixels.
 
     Raises:
-        UnreadableImage: where the format is unknown, or the image has no pixels or too many.
+        UnreadableImage: where the file is no image of a known format, or has no pixels or too many.
     """
     if not content:
         raise UnreadableImage("image file empty", f"{name} has 0 bytes")
@@ -96,7 +96,8 @@ def open_image(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image
     except Image.DecompressionBombError as error:
         raise UnreadableImage("image has too many pixels", f"{name}: {error}") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage("image format unknown", f"{name} is none of {', '.join(IMAGE_FORMATS)}") from error
+        detail = f"{name}: another format than {', '.join(IMAGE_FORMATS)}, a damaged header, or a size of zero"
+        raise UnreadableImage("image not recognised", detail) from error
     except Exception as error:  # decoders raise any type on hostile bytes; each is the file's fault
         raise UnreadableImage("image damaged", f"{name}: {type(error).__name__}: {error}") from error
     width, height = image.size

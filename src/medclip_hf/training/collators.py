@@ -24,6 +24,8 @@ class FigureCollator:
     Every concept mention of a caption is used, negated ones as well: "no pneumothorax" still says which words mean
     pneumothorax; whoever wants them out leaves them out of the rows.
 
+    Images come in the size of the model's input (`FigureDataset(image_size=…)`), so that they are sampled only once.
+
     Args:
         processor: a `ConceptCLIPProcessor`.
         max_length: of a caption in tokens, [CLS] and [SEP] counted; spans beyond it are masked by the processor.
@@ -52,6 +54,12 @@ class FigureCollator:
         return tensors | {"row_ids": [figure.row_id for figure in figures], "set_aside": set_aside}
 
     def _encode(self, figures: list[FigureExample]) -> dict[str, Any]:
+        height, width = _input_size(self.processor)
+        if any(figure.image.size != (width, height) for figure in figures):
+            raise ValueError(
+                f"the processor makes images of {height}×{width} pixels, but examples have "
+                f"{sorted({figure.image.size[::-1] for figure in figures})}. Give FigureDataset the processor's size."
+            )
         encoded = self.processor(
             images=[figure.image for figure in figures],
             text=[figure.caption for figure in figures],
@@ -59,10 +67,10 @@ class FigureCollator:
             padding="longest",
             truncation=True,
             max_length=self.max_length,
+            do_resize=False,
             return_tensors="pt",
         )
-        max_concepts = encoded["concept_mask"].shape[1]
-        concept_ids = torch.full((len(figures), max_concepts), -1, dtype=torch.int64)
+        concept_ids = torch.full(encoded["concept_mask"].shape, -1, dtype=torch.int64)
         for row, figure in enumerate(figures):
             for column, concept in enumerate(figure.concepts):
                 concept_ids[row, column] = concept_identity(concept)
