@@ -161,9 +161,11 @@ def to_rgb(image: Any) -> Image.Image:
             "Scale it down or cut it into tiles first."
         )
     try:
-        return _pil_to_rgb(ImageOps.exif_transpose(opened), name)
-    except (OSError, SyntaxError, EOFError, struct.error, IndexError) as error:  # what Pillow's decoders raise
+        upright = ImageOps.exif_transpose(opened)
+        upright.load()
+    except (OSError, SyntaxError, EOFError, ValueError, struct.error, IndexError) as error:  # all by Pillow's decoders
         raise ValueError(f"{name} cannot be decoded: {error}. The file may be truncated or damaged.") from error
+    return _pil_to_rgb(upright, name)
 
 
 def _open(image: Any) -> tuple[Image.Image, str]:
@@ -192,7 +194,7 @@ def _pil_to_rgb(image: Image.Image, name: str) -> Image.Image:
         return Image.fromarray(_scale_16_bit(np.asarray(image), name)).convert("RGB")
     if image.mode == "F":
         return _array_to_rgb(np.asarray(image))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, (*PAPER, 255))
         return Image.alpha_composite(paper, image).convert("RGB")
