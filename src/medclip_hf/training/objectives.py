@@ -83,7 +83,13 @@ class ConceptCLIPObjective:
         return [{name: values[start:stop] for name, values in by_row.items()} for start, stop in pairwise(bounds)]
 
     def embed(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The model's embeddings of the batch, with its scales and biases as they are now."""
+        """The model's embeddings of the batch, with its scales and biases as they are now.
+
+        A batch without rows gives embeddings without rows that still depend on every parameter.
+        """
+        if len(batch["input_ids"]) == 0:
+            embeddings = self.embed(model, _one_empty_row(batch))
+            return {name: value if "logit" in name else value[:0] for name, value in embeddings.items()}
         inputs = {name: batch[name] for name in self.model_inputs if name in batch}
         outputs = model(**inputs, return_loss=False, return_logits=False)
         return {name: outputs[name] for name in self.embedding_names if outputs.get(name) is not None}
@@ -118,7 +124,7 @@ class ConceptCLIPObjective:
         log["num_images"] = torch.tensor(float(sum(num_images)))
         if has_concepts:
             log["num_concepts"] = torch.tensor(float(sum(num_concepts)))
-        scalars = {name: embeddings[name].detach().mean() for name in self.embedding_names if "logit" in name}
+        scalars = {name: value.detach().mean() for name, value in embeddings.items() if "logit" in name}
         return {"loss": total_share * num_processes(), **log, **scalars}
 
     def _image_text_share(self, embeddings: dict[str, Tensor], num_images: list[int]) -> Tensor:
@@ -155,6 +161,15 @@ class ConceptCLIPObjective:
             first_image_index=first_image_index,
             concept_ids=concept_ids[0] if concept_ids else None,
         )
+
+
+def _one_empty_row(batch: Batch) -> Batch:
+    """A row of zeros in place of none: towers refuse empty batches, but a process without rows has to run the model.
+
+    DistributedDataParallel waits for its gradients. Nothing is masked from attention, whose output were NaN otherwise.
+    """
+    tensors = {name: values for name, values in batch.items() if isinstance(values, Tensor)}
+    return {name: values.new_full((1, *values.shape[1:]), name == "attention_mask") for name, values in tensors.items()}
 
 
 def _usable_concepts(embeddings: dict[str, Tensor], batch: Batch) -> Tensor:

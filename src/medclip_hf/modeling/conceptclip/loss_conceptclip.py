@@ -284,7 +284,7 @@ def _similarity_at(patches: Tensor, concepts: Tensor, best: Tensor) -> Tensor:
 def _named_in_caption(concept_ids: Tensor, concept_to_row: Tensor, num_rows: int) -> Tensor:
     """Which captions name which concept, (num_rows, N) bool; concepts of captions outside [0, num_rows) only ask."""
     sorted_ids = concept_ids.sort().values
-    key = torch.searchsorted(sorted_ids, concept_ids)  # (N,): the same for the same identity, below N
+    key = torch.searchsorted(sorted_ids, concept_ids.contiguous())  # (N,): the same for the same identity, below N
     outside = (concept_to_row < 0) | (concept_to_row >= num_rows)
     row = concept_to_row.masked_fill(outside, num_rows)  # one spare row for them all
     named = torch.zeros((num_rows + 1, len(concept_ids)), dtype=torch.bool, device=concept_ids.device)
