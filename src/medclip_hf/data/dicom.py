@@ -255,28 +255,23 @@ def _check_steps(heights: NDArray[np.float64], path: Path) -> None:
     steps = np.diff(heights)
     typical = float(np.median(steps))
     tolerance = max(SLICE_STEP_TOLERANCE_MM, SLICE_STEP_TOLERANCE * typical)
-    repeated = np.flatnonzero(steps < max(0.01, typical - tolerance))
-    if typical < 0.01 or (steps < 0.01).any():
-        place = heights[np.flatnonzero(steps < 0.01)[0]]
+    same, odd = np.flatnonzero(steps < 0.01), np.flatnonzero(np.abs(steps - typical) > tolerance)
+    if same.size:
         raise UnusableScan(
             "repeated slices",
-            f"{path}: {int((steps < 0.01).sum())} slices lie where another one lies (first at {place:.2f} mm). Several "
+            f"{path}: {same.size} slices lie where another one lies (first at {heights[same[0]]:.2f} mm). Several "
             "phases or reconstructions share the series; keep one of them.",
         )
-    wide = np.flatnonzero(steps > typical + tolerance)
-    if wide.size:
-        missing = int(np.rint(steps[wide] / typical - 1).sum())
-        raise UnusableScan(
-            "missing slices",
-            f"{path}: slices are {typical:.2f} mm apart, but {steps[wide[0]]:.2f} mm after the one at "
-            f"{heights[wide[0]]:.2f} mm; about {missing} are missing. Copy the series again.",
-        )
-    if repeated.size:
-        raise UnusableScan(
-            "uneven slices",
-            f"{path}: slices are {typical:.2f} mm apart, but {steps[repeated[0]]:.2f} mm after the one at "
-            f"{heights[repeated[0]]:.2f} mm. Two reconstructions may share the series; keep one of them.",
-        )
+    if not odd.size:
+        return
+    found = (
+        f"{path}: slices are {typical:.2f} mm apart, but "
+        f"{steps[odd[0]]:.2f} mm after the one at {heights[odd[0]]:.2f} mm"
+    )
+    missing = np.rint(steps[odd] / typical - 1)
+    if (missing >= 1).all():
+        raise UnusableScan("missing slices", f"{found}; about {int(missing.sum())} are missing. Copy the series again.")
+    raise UnusableScan("uneven slices", f"{found}. Two reconstructions may share the series; keep one of them.")
 
 
 def _decode(frames: Sequence[_Frame]) -> NDArray[Any]:

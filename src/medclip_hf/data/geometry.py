@@ -306,14 +306,14 @@ def resample(volume: Volume, target_mm_dhw: tuple[float, ...], mode: Literal["tr
 
 
 def _interpolate(values: NDArray[Any], size: tuple[int, int, int]) -> NDArray[np.float32]:
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    if values.shape == size:
+        return values
     import torch
-    from monai.transforms import Resize
+    from monai.transforms import Resize  # takes seconds to import
 
-    image = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))[None]
-    if tuple(image.shape[1:]) == size:
-        return image[0].numpy()
-    resized = Resize(size, mode="trilinear", align_corners=False, anti_aliasing=False)(image)
-    return torch.as_tensor(resized)[0].numpy()
+    resize = Resize(size, mode="trilinear", align_corners=False, anti_aliasing=False)
+    return torch.as_tensor(resize(torch.from_numpy(values)[None]))[0].numpy()
 
 
 def _nearest_indices(old: int, new: int) -> NDArray[np.intp]:
