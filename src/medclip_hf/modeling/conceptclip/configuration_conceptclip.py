@@ -71,7 +71,7 @@ def _check_spelling(extra: dict[str, Any], known: list[str]) -> None:
 
 
 def _check_vision_config(config: PreTrainedConfig) -> None:
-    if not config.vision_use_head:
+    if not getattr(config, "vision_use_head", True):  # transformers 5.21 declares no such field
         raise ValueError("vision_config.vision_use_head is False, but the pooled image vector comes from that head.")
     if not isinstance(config.image_size, int) or not isinstance(config.patch_size, int):
         raise ValueError(
