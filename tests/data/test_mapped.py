@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from concurrent.futures import ProcessPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -75,6 +76,19 @@ def test_a_cache_in_part_deleted_is_built_again(tmp_path):
     MappedRows(shards, ["x"], tmp_path / "cache")
     (tmp_path / "cache" / "train-00000.arrow").unlink()
     assert MappedRows(shards, ["x"], tmp_path / "cache")[1] == {"x": 1}
+
+
+def sum_of_rows(shards, cache):
+    rows = MappedRows(shards, ["x"], cache)
+    return sum(rows[index]["x"] for index in range(len(rows)))
+
+
+def test_processes_that_start_together_share_one_conversion(tmp_path):
+    shards = write_shards(tmp_path, [20, 20])
+    with ProcessPoolExecutor(3) as pool:
+        sums = list(pool.map(sum_of_rows, [shards] * 3, [tmp_path / "cache"] * 3))
+    assert sums == [sum(range(40))] * 3
+    assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
 def test_rows_can_be_sent_to_a_worker(tmp_path):

@@ -1,16 +1,20 @@
 """Examples to batches: the tensors of the model, concept identities, and what was set aside."""
 
+import io
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import BertTokenizer
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from medclip_hf.data.records import ConceptMention
+from medclip_hf.data.parquet import write_figure_rows
+from medclip_hf.data.records import ConceptMention, FigureRow
 from medclip_hf.data.stages import Drop
 from medclip_hf.processing.conceptclip.processing_conceptclip import ConceptCLIPProcessor
 from medclip_hf.training.collators import FigureCollator, concept_identity
-from medclip_hf.training.datasets import FigureExample
+from medclip_hf.training.datasets import FigureDataset, FigureExample
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "mass", "in", "the", "lung", "no", "edema", "."]
 
@@ -44,6 +48,17 @@ def test_dropped_examples_leave_the_batch_and_are_named(processor):
     assert batch["row_ids"] == ["good"]
     assert batch["pixel_values"].shape[0] == 1
     assert batch["set_aside"] == [{"row_id": "bad", "reason": "image damaged", "detail": "x.jpg"}]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (31, 17), (640, 480)])
+def test_evaluation_gives_the_pixels_that_the_processor_alone_gives(processor, tmp_path, size):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    write_figure_rows([FigureRow("r", "a mass", image_bytes=buffer.getvalue())], tmp_path, "test")
+    dataset = FigureDataset(tmp_path, "test", image_size=8, crop_scale=None)
+    batch = FigureCollator(processor)([dataset[0]])
+    assert torch.equal(batch["pixel_values"], processor(images=Image.open(buffer))["pixel_values"])
 
 
 @pytest.mark.parametrize("examples", [[], [Drop("image damaged", "x.jpg", "bad")]])
