@@ -39,8 +39,11 @@ class FigureDataset:
     """A map-style data set of `FigureExample`, memory-mapped, the same for any number of workers and after a resume.
 
     The Parquet shards are turned once into Arrow files under `cache_dir`, which every process of the machine maps
-    (`data.mapped`): a process holds no row of its own, whatever their number. The key of an example is
-    `(epoch, index)`, or `index` alone for epoch 0; its crop depends on (seed, epoch, index) and on nothing else.
+    (`data.mapped`): a process holds no row of its own, whatever their number. They take the disk of the shards again;
+    where that is too much, rows that keep image paths have small shards.
+
+    The key of an example is `(epoch, index)`, or `index` alone for epoch 0; its crop depends on (seed, epoch, index)
+    and on nothing else.
 
     Args:
         folder: of the shards; paths of images that are no bytes in the shards are relative to it.
