@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, BertModel
 
+from medclip_hf.hub.checkpoints import first_match, load_without_gap, read_weights, without_wrapper_prefix
 from medclip_hf.modeling.fvlm.configuration_fvlm import FVLMConfig
 from medclip_hf.modeling.fvlm.modeling_fvlm import FVLMModel, FVLMVisionModel
 
@@ -38,6 +38,21 @@ _RENAMED = (
     (r"visual_encoder\.blocks\.(\d+)\.mlp\.linear([12])\.(weight|bias)", r"vision_model.layers.\1.mlp.fc\2.\3"),
     (r"visual_encoder\.norm\.(weight|bias)", r"vision_model.post_layernorm.\1"),
 )
+_RENAMED_BACK = (
+    (r"anatomy_pooling\.(.+)", r"attention.\1"),
+    (r"anatomy_heads\.(\d+)\.projection\.(weight|bias)", r"vision_projs.\1.\2"),
+    (r"text_projection\.(weight|bias)", r"text_proj.\1"),
+    (r"text_model\.(.+)", r"text_encoder.\1"),
+    (r"vision_model\.embeddings\.position_embedding", r"visual_encoder.patch_embedding.position_embeddings"),
+    (
+        r"vision_model\.embeddings\.patch_embedding\.(weight|bias)",
+        r"visual_encoder.patch_embedding.patch_embeddings.\1",
+    ),
+    (r"vision_model\.layers\.(\d+)\.layer_norm([12])\.(weight|bias)", r"visual_encoder.blocks.\1.norm\2.\3"),
+    (r"vision_model\.layers\.(\d+)\.self_attn\.out_proj\.(weight|bias)", r"visual_encoder.blocks.\1.attn.out_proj.\2"),
+    (r"vision_model\.layers\.(\d+)\.mlp\.fc([12])\.(weight|bias)", r"visual_encoder.blocks.\1.mlp.linear\2.\3"),
+    (r"vision_model\.post_layernorm\.(weight|bias)", r"visual_encoder.norm.\1"),
+)
 _FUSED_QKV = re.compile(r"visual_encoder\.blocks\.(\d+)\.attn\.qkv\.(weight|bias)")
 
 _DROPPED = (
@@ -56,16 +71,6 @@ _TYPE_EMBEDDINGS = "text_model.embeddings.token_type_embeddings.weight"
 _TEXT_POSITIONS = "text_model.embeddings.position_embeddings.weight"
 
 
-def _without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights without the `module.` of a distributed wrapper."""
-    return {key.removeprefix("module."): value for key, value in state_dict.items()}
-
-
-def _match(table: tuple[tuple[str, str], ...], key: str) -> tuple[re.Match[str], str] | None:
-    """First row of a table whose pattern is the whole key."""
-    return next(((match, text) for pattern, text in table if (match := re.fullmatch(pattern, key))), None)
-
-
 def from_official_state_dict(official: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights of `FVLMModel` from the release's names, and the keys that were dropped with the reason for each.
 
@@ -81,7 +86,7 @@ def from_official_state_dict(official: Mapping[str, Tensor]) -> tuple[dict[str, 
     converted: dict[str, Tensor] = {}
     dropped: dict[str, str] = {}
     unknown: list[str] = []
-    for key, value in _without_prefix(official).items():
+    for key, value in without_wrapper_prefix(official).items():
         if key == "temp":
             converted["logit_scale"] = -value.double().log().to(value.dtype).reshape(1)
         elif key == "query_tokens":
@@ -89,9 +94,9 @@ def from_official_state_dict(official: Mapping[str, Tensor]) -> tuple[dict[str, 
         elif match := _FUSED_QKV.fullmatch(key):
             names = (f"vision_model.layers.{match[1]}.self_attn.{name}_proj.{match[2]}" for name in "qkv")
             converted |= {name: part.clone() for name, part in zip(names, value.chunk(3), strict=True)}
-        elif renamed := _match(_RENAMED, key):
+        elif renamed := first_match(_RENAMED, key):
             converted[renamed[0].expand(renamed[1])] = value
-        elif leftover := _match(_DROPPED, key):
+        elif leftover := first_match(_DROPPED, key):
             dropped[key] = leftover[1]
         else:
             unknown.append(key)
@@ -132,7 +137,7 @@ def to_official_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor
             official[f"visual_encoder.blocks.{layer}.attn.qkv.{kind}"] = torch.cat(parts)
     unknown = []
     for key, value in ours.items():
-        renamed = _match(_RENAMED_BACK, key)
+        renamed = first_match(_RENAMED_BACK, key)
         if renamed is None:
             unknown.append(key)
         else:
@@ -140,23 +145,6 @@ def to_official_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor
     if unknown:
         raise ValueError(f"These keys are none of FVLMModel: {sorted(unknown)}.")
     return official
-
-
-_RENAMED_BACK = (
-    (r"anatomy_pooling\.(.+)", r"attention.\1"),
-    (r"anatomy_heads\.(\d+)\.projection\.(weight|bias)", r"vision_projs.\1.\2"),
-    (r"text_projection\.(weight|bias)", r"text_proj.\1"),
-    (r"text_model\.(.+)", r"text_encoder.\1"),
-    (r"vision_model\.embeddings\.position_embedding", r"visual_encoder.patch_embedding.position_embeddings"),
-    (
-        r"vision_model\.embeddings\.patch_embedding\.(weight|bias)",
-        r"visual_encoder.patch_embedding.patch_embeddings.\1",
-    ),
-    (r"vision_model\.layers\.(\d+)\.layer_norm([12])\.(weight|bias)", r"visual_encoder.blocks.\1.norm\2.\3"),
-    (r"vision_model\.layers\.(\d+)\.self_attn\.out_proj\.(weight|bias)", r"visual_encoder.blocks.\1.attn.out_proj.\2"),
-    (r"vision_model\.layers\.(\d+)\.mlp\.fc([12])\.(weight|bias)", r"visual_encoder.blocks.\1.mlp.linear\2.\3"),
-    (r"vision_model\.post_layernorm\.(weight|bias)", r"visual_encoder.norm.\1"),
-)
 
 
 def load_official_checkpoint(path: str | Path, config: FVLMConfig | None = None) -> FVLMModel:
@@ -169,43 +157,12 @@ def load_official_checkpoint(path: str | Path, config: FVLMConfig | None = None)
     Raises:
         ValueError: the file is none of fVLM's, or its weights do not fit the config.
     """
-    weights, dropped = from_official_state_dict(_read_weights(Path(path)))
+    weights, dropped = from_official_state_dict(read_weights(path))
     for key, reason in dropped.items():
         logger.info("%s: dropped %s: %s", path, key, reason)
     model = FVLMModel(config or FVLMConfig())
-    _load_strictly(model, weights, str(path))
+    load_without_gap(model, weights, str(path))
     return model.eval()
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file, or of a .pth file, inside "model" or "state_dict" or not."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("model", "state_dict"):
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-    if not isinstance(checkpoint, Mapping) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
-        raise ValueError(f"{path} holds no dict of tensors, neither directly nor under 'model'.")
-    return dict(checkpoint)
-
-
-def _load_strictly(module: torch.nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Loads all weights, or raises ValueError naming every key that is missing, superfluous or of another shape."""
-    own = module.state_dict()
-    missing = sorted(own.keys() - weights.keys())
-    superfluous = sorted(weights.keys() - own.keys())
-    misshapen = [
-        f"{key}: {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in sorted(own.keys() & weights.keys())
-        if weights[key].shape != own[key].shape
-    ]
-    if missing or superfluous or misshapen:
-        raise ValueError(
-            f"{source} does not fit the config. Missing: {missing}; superfluous: {superfluous}; other shapes: "
-            f"{misshapen}. Pass the config of that checkpoint (anatomies, sizes, layers)."
-        )
-    module.load_state_dict(dict(weights))
 
 
 # Starting points -------------------------------------------------------------------------------------------------
@@ -250,7 +207,7 @@ def initialize_from_mae(
     dropped: dict[str, str] = {}
     unknown: list[str] = []
     embeddings = vision_model.embeddings
-    for key, value in _without_prefix(weights).items():
+    for key, value in without_wrapper_prefix(weights).items():
         if key == "pos_embed":
             converted["embeddings.position_embedding"] = _inflate_positions(value, embeddings.grid_size_dhw)
         elif key == "patch_embed.proj.weight" and patch_embedding == "inflated":
@@ -263,9 +220,9 @@ def initialize_from_mae(
         elif match := _MAE_QKV.fullmatch(key):
             names = (f"layers.{match[1]}.self_attn.{name}_proj.{match[2]}" for name in "qkv")
             converted |= dict(zip(names, value.chunk(3), strict=True))
-        elif renamed := _match(_MAE_RENAMED, key):
+        elif renamed := first_match(_MAE_RENAMED, key):
             converted[renamed[0].expand(renamed[1])] = value
-        elif leftover := _match(_MAE_DROPPED, key):
+        elif leftover := first_match(_MAE_DROPPED, key):
             dropped[key] = leftover[1]
         else:
             unknown.append(key)
@@ -274,7 +231,7 @@ def initialize_from_mae(
     if patch_embedding == "random":
         own = embeddings.patch_embedding.state_dict()
         converted |= {f"embeddings.patch_embedding.{name}": value for name, value in own.items()}
-    _load_strictly(vision_model, converted, "the image checkpoint")
+    load_without_gap(vision_model, converted, "the image checkpoint")
     return dropped
 
 
@@ -323,10 +280,8 @@ def from_towers(
     model = FVLMModel(FVLMConfig.from_dict(values))
     if text_path is not None:
         text_model = BertModel.from_pretrained(text_path, add_pooling_layer=False)
-        _load_strictly(model.text_model, text_model.state_dict(), str(text_path))
+        load_without_gap(model.text_model, text_model.state_dict(), str(text_path))
     if mae_path is not None:
-        dropped = initialize_from_mae(
-            model.vision_model, _read_weights(Path(mae_path)), patch_embedding=patch_embedding
-        )
+        dropped = initialize_from_mae(model.vision_model, read_weights(mae_path), patch_embedding=patch_embedding)
         logger.info("%s: dropped %s", mae_path, dropped)
     return model
