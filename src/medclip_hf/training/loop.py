@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedTy
 from accelerate.utils import ProjectConfiguration
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from medclip_hf.training import checkpoints
 from medclip_hf.training.arguments import RunArguments
@@ -229,8 +231,9 @@ class _Run:
             initial=self.step,
             unit="step",
             disable=not (self.arguments.progress_bar and self.accelerator.is_main_process),
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file needs no animation
         )
-        with progress:
+        with progress, logging_redirect_tqdm():
             clock = time.perf_counter()
             for batch in self._loader():
                 values = self._step(batch, stop)
@@ -274,7 +277,7 @@ class _Run:
     def _step(self, batch: Batch, stop: StopRequest) -> dict[str, float]:
         """One optimiser step; gives back values that are the same on all processes."""
         self.record.add_set_aside(self.step + 1, batch["set_aside"])
-        batch = _to_device(batch, self.accelerator.device)
+        batch = to_device(batch, self.accelerator.device)
         learning_rate = learning_rate_at(self.step, self.arguments, self.max_steps, self.steps_per_epoch)
         set_learning_rate(self.optimizer, learning_rate)
         values = backward(self.model, self.objective, batch, self.arguments.num_micro_batches, self.accelerator)
@@ -518,7 +521,8 @@ def _seed_everything(seed: int, process_index: int) -> None:
     torch.manual_seed(int(own))
 
 
-def _to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on the device."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
