@@ -361,6 +361,15 @@ def test_it_loads_and_runs_in_bfloat16(batch, tmp_path):
     assert model.get_concept_maps(**batch).dtype == torch.bfloat16
 
 
+def test_logits_are_computed_in_float32_under_autocast(model, batch):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(**batch, return_loss=True)
+    torch.testing.assert_close(outputs.image_embeds.norm(dim=-1), torch.ones(3))
+    expected = outputs.image_embeds @ outputs.text_embeds.T * outputs.logit_scale + outputs.logit_bias
+    torch.testing.assert_close(outputs.logits_per_image, expected)
+    assert outputs.loss.dtype == torch.float32
+
+
 @pytest.mark.parametrize(("has_concepts", "backend"), [(False, "eager"), (True, "aot_eager")])
 def test_the_forward_pass_compiles_without_a_graph_break(model, batch, has_concepts, backend):
     if not has_concepts:

@@ -408,7 +408,7 @@ class ConceptCLIPModel(PreTrainedModel):
             vision_output = self.get_image_features(
                 pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
             )
-            image_embeds = F.normalize(vision_output.pooler_output, dim=-1)
+            image_embeds = _normalize_exactly(vision_output.pooler_output)
             if self.config.use_patch_concept_alignment:
                 patch_embeds = F.normalize(self.patch_projection(vision_output.last_hidden_state), dim=-1)
 
@@ -417,7 +417,7 @@ class ConceptCLIPModel(PreTrainedModel):
             text_output = self.get_text_features(
                 input_ids, attention_mask, position_ids, token_type_ids, return_dict=True, **kwargs
             )
-            text_embeds = F.normalize(text_output.pooler_output, dim=-1)
+            text_embeds = _normalize_exactly(text_output.pooler_output)
             if self.config.use_patch_concept_alignment and concept_token_spans is not None:
                 concept_mask = _complete_concept_mask(concept_token_spans, concept_mask, input_ids.shape[1])
                 token_embeds = self.token_projection(text_output.last_hidden_state)
@@ -458,7 +458,8 @@ class ConceptCLIPModel(PreTrainedModel):
         """Every image against every text, and against every concept where there are concepts."""
         if image_embeds is None or text_embeds is None:
             return {}
-        logits_per_image = image_embeds @ text_embeds.T * self.logit_scale.exp() + self.logit_bias
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            logits_per_image = image_embeds @ text_embeds.T * self.logit_scale.exp() + self.logit_bias
         logits = {"logits_per_image": logits_per_image, "logits_per_text": logits_per_image.T}
         if patch_embeds is not None and concept_embeds is not None:
             num_texts, num_concepts, _ = concept_embeds.shape
@@ -546,6 +547,11 @@ def _masked_mean(hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
     num_real = is_real.sum(dim=1).clamp(min=1)
     # A product with 0 would keep what an attention kernel leaves at padding, NaN included.
     return hidden_states.masked_fill(~is_real, 0.0).sum(dim=1) / num_real
+
+
+def _normalize_exactly(embeds: Tensor) -> Tensor:
+    """The embeddings L2-normalised in float32 at least: a norm rounded to half precision shifts logits of scale 100."""
+    return F.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
 
 
 def _complete_concept_mask(concept_token_spans: Tensor, concept_mask: Tensor | None, num_tokens: int) -> Tensor:
