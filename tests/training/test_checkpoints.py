@@ -129,6 +129,32 @@ def test_leftovers_of_a_killed_write_do_not_disturb_the_next(save, tmp_path):
     assert not leftover.exists()
 
 
+def test_wherever_writing_breaks_off_a_whole_checkpoint_is_left(save, tmp_path, monkeypatch):
+    """The disk fails at the first flush, the second, and so on, until one checkpoint gets through."""
+    save(1)
+    flush = checkpoints._flush
+    for allowed in range(100):
+        calls = iter(range(allowed))
+
+        def failing(path, calls=calls):
+            if next(calls, None) is None:
+                raise OSError("no space left on device")
+            flush(path)
+
+        monkeypatch.setattr(checkpoints, "_flush", failing)
+        try:
+            save(2, keep=1)
+        except OSError:
+            found = checkpoints.find_checkpoint(tmp_path)
+            assert found is not None
+            assert checkpoints.read_run_state(found).step in (1, 2)
+        else:
+            break
+    assert allowed > 5
+    assert checkpoints.find_checkpoint(tmp_path).name == "checkpoint-00000002"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-00000002"]
+
+
 def test_weights_of_another_model_are_refused(save, tiny):
     folder, _, _ = save(1)
     other = tiny.new_model()

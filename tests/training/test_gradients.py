@@ -4,6 +4,9 @@ from accelerate import Accelerator
 
 from medclip_hf.training.gradients import backward
 
+# autograd warns where a gradient is looked for and cannot be
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
+
 
 def gradients_of(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}

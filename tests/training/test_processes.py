@@ -5,6 +5,15 @@ import torch
 from safetensors.torch import load_file
 
 
+def test_bf16_keeps_weights_and_moments_in_float32(start_tiny, tmp_path):
+    arguments = {"output_dir": str(tmp_path), "max_steps": 3, "batch_size_per_process": 8, "mixed_precision": "bf16"}
+    codes, errors = start_tiny(arguments | {"micro_batch_size": 4}).wait()
+    assert codes == [0], errors
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert {value.dtype for value in load_file(checkpoint / name).values()} == {torch.float32}
+
+
 def test_two_processes_in_micro_batches_train_the_weights_that_one_process_trains(start_tiny, tmp_path):
     """The global batches hold the same rows; without dropout, which differs between processes."""
     common = {"max_steps": 9, "learning_rate": 1e-2, "log_every": 1}

@@ -145,3 +145,34 @@ def test_another_number_of_processes_cannot_resume(tiny, tmp_path):
     state.write_text(state.read_text().replace('"num_processes": 1', '"num_processes": 2'))
     with pytest.raises(ValueError, match="was written by 2 processes and cannot be continued by 1"):
         resume(tiny, tmp_path)
+
+
+def test_an_objective_with_a_memory_continues_with_it(tiny, tmp_path):
+    class Averaging(tiny.Matching):
+        """Keeps a running mean of the logit scale."""
+
+        def __init__(self):
+            self.mean = torch.zeros(1)
+            self.steps = 0
+
+        def after_step(self, model):
+            self.steps += 1
+            self.mean = 0.5 * self.mean + 0.5 * model.logit_scale.detach()
+
+        def state_dict(self):
+            return {"mean": self.mean}
+
+        def load_state_dict(self, state):
+            self.mean = state["mean"]
+
+    def run(folder, resume_from=False):
+        objective = Averaging()
+        values = {"max_steps": 4, "batch_size_per_process": 4, "checkpoint_every": 2, "progress_bar": False}
+        arguments = RunArguments(output_dir=str(folder), **values)
+        train(tiny.new_model(), tiny.Numbers(), tiny.collate, objective, arguments, resume=resume_from)
+        return objective
+
+    whole = run(tmp_path)
+    resumed = run(tmp_path, resume_from=tmp_path / "checkpoints" / "checkpoint-00000002")
+    assert (whole.steps, resumed.steps) == (4, 2)
+    assert torch.equal(whole.mean, resumed.mean)

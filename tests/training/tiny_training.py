@@ -34,12 +34,13 @@ class TwoTowers(PreTrainedModel):
         self.dropout = torch.nn.Dropout(0.2)
         self.text = torch.nn.Linear(6, 4)
         self.logit_scale = torch.nn.Parameter(torch.ones(1))
+        self.logit_bias = torch.nn.Parameter(torch.zeros(1))
         self.post_init()
 
     def forward(self, left, right):
         image = torch.nn.functional.normalize(self.image(self.dropout(left)), dim=-1)
         text = torch.nn.functional.normalize(self.text(self.dropout(right)), dim=-1)
-        return image, text, self.logit_scale.exp()
+        return image, text, self.logit_scale.exp(), self.logit_bias
 
     def _init_weights(self, module):
         pass
@@ -94,8 +95,8 @@ class Matching:
         return [{key: batch[key][start : start + size] for key in keys} for start in range(0, len(batch["left"]), size)]
 
     def embed(self, model, batch):
-        image, text, scale = model(batch["left"], batch["right"])
-        return {"image": image, "text": text, "scale": scale}
+        image, text, scale, bias = model(batch["left"], batch["right"])
+        return {"image": image, "text": text, "scale": scale, "bias": bias}
 
     def compare(self, embeddings, batch):
         device = embeddings["image"].device
@@ -104,6 +105,7 @@ class Matching:
         text = gather_rows(embeddings["text"], counts)
         logits = embeddings["scale"].mean() * embeddings["image"] @ text.T
         target = torch.arange(len(logits), device=device) + sum(counts[:rank])
+        logits = logits + embeddings["bias"].mean() * torch.nn.functional.one_hot(target, len(text))
         share = torch.nn.functional.cross_entropy(logits, target, reduction="sum") / sum(counts)
         return {"loss": share * num_processes()}
 

@@ -31,6 +31,7 @@ _NAME = re.compile(r"checkpoint-(\d{8,})")
 _MANIFEST = "manifest.json"
 _RUN_STATE = "run_state.json"
 _OPTIMIZER = "optimizer.safetensors"
+_OBJECTIVE = "objective.safetensors"
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 _TRAINED_WEIGHTS = "trained_weights.safetensors"
@@ -70,6 +71,7 @@ def save_checkpoint(
     accelerator: Accelerator,
     *,
     processor: Any = None,
+    objective_state: dict[str, torch.Tensor] | None = None,
     keep: int | None = None,
 ) -> Path:
     """The folder of a new checkpoint; every process calls this at the same step.
@@ -81,6 +83,7 @@ def save_checkpoint(
         optimizer: its moments are stored under the parameters' names.
         accelerator: tells the processes apart.
         processor: saved beside the model, if given.
+        objective_state: of an objective that has one; the same on every process.
         keep: how many of the newest checkpoints stay; None: all.
     """
     final = checkpoint_path(output_dir, state.step)
@@ -96,6 +99,8 @@ def save_checkpoint(
         _save_pretrained(temporary, model, processor)
         _save_weights_left_out(temporary, model)
         save_file(_optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
+        if objective_state is not None:
+            save_file({name: value.contiguous() for name, value in objective_state.items()}, temporary / _OBJECTIVE)
         write_json(temporary / _RUN_STATE, asdict(state))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -171,6 +176,18 @@ def restore_checkpoint(
     _restore_weights(folder, model)
     _restore_optimizer(folder / _OPTIMIZER, model, optimizer)
     restore_random_state(load_random_state(folder / _random_state_name(accelerator.process_index)), accelerator.device)
+
+
+def load_objective_state(folder: Path) -> dict[str, torch.Tensor]:
+    """What the checkpoint keeps of the objective.
+
+    Raises:
+        ValueError: it keeps nothing.
+    """
+    path = folder / _OBJECTIVE
+    if not path.is_file():
+        raise ValueError(f"{folder} was written with an objective without a state: it has no {_OBJECTIVE}.")
+    return load_file(path)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The gradient of one step: in one pass, or micro-batch by micro-batch with exactly the gradient of the whole batch."""
 
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,20 @@ class Objective(Protocol):
 
     def compare(self, embeddings: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """The "loss" to differentiate, whose gradients' mean over processes is the global one, and values to log."""
+
+
+@runtime_checkable
+class StatefulObjective(Protocol):
+    """What an objective has beside the three methods if it learns on its own, from averaged weights for instance."""
+
+    def after_step(self, model: torch.nn.Module) -> None:
+        """Follow the unwrapped model after its optimiser step; the same on every process."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it."""
+
+    def load_state_dict(self, state: dict[str, Tensor], /) -> Any:
+        """Continue from what a checkpoint kept."""
 
 
 def backward(
@@ -68,7 +82,9 @@ def _embed_without_graph(
     with torch.no_grad():
         for micro_batch in micro_batches:
             random_states.append(_random_state(device))
-            parts.append(objective.embed(model, micro_batch))
+            embeddings = objective.embed(model, micro_batch)
+            # a model may hand out a parameter as it is, a bias for instance, which wants a gradient even here
+            parts.append({name: value.detach() for name, value in embeddings.items()})
     return parts, random_states
 
 

@@ -22,11 +22,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from medclip_hf.training import checkpoints
 from medclip_hf.training.arguments import RunArguments
 from medclip_hf.training.checkpoints import RunState
-from medclip_hf.training.gradients import Batch, Objective, backward
+from medclip_hf.training.gradients import Batch, Objective, StatefulObjective, backward
 from medclip_hf.training.optimization import learning_rate_at, make_optimizer, set_learning_rate
 from medclip_hf.training.run_record import RunRecord
 from medclip_hf.training.sampling import EpochBatchSampler, steps_per_epoch
-from medclip_hf.training.signals import STOPPING, StopRequest, ignore_stop_signals
+from medclip_hf.training.signals import STOPPING, StopRequest, ignore_stop_signals, stop_with_launcher
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ def make_accelerator(arguments: RunArguments) -> Accelerator:
         ],
     )
     _check_processes(accelerator, arguments)
+    stop_with_launcher()
     missing = set(arguments.trackers) - {getattr(kind, "value", kind) for kind in accelerator.log_with}
     if missing:
         raise ValueError(f"no tracker {sorted(missing)} is installed. Run: pip install 'medclip-hf[track]'")
@@ -130,7 +131,7 @@ def train(
         model: with `save_pretrained` and `clamp_logit_scales_`; the same weights on every process.
         dataset: map-style, its keys are (epoch, index).
         collator: examples → batch, with the keys `row_ids` and `set_aside` beside the tensors.
-        objective: see `gradients.Objective`.
+        objective: see `gradients.Objective`, and `gradients.StatefulObjective` for one with a memory.
         arguments: of the run.
         processor: saved beside the model.
         evaluate_fn: (unwrapped model in eval mode, step) → named values. Every process calls it, so it may gather; the
@@ -288,6 +289,8 @@ class _Run:
         if agreed["is_finite"]:
             self.optimizer.step()
             self.unwrapped.clamp_logit_scales_()
+            if isinstance(self.objective, StatefulObjective):
+                self.objective.after_step(self.unwrapped)
             self.skipped_in_a_row = 0
         else:
             self._skip_or_stop(values, grad_norm, batch)
@@ -402,6 +405,7 @@ class _Run:
             self.optimizer,
             self.accelerator,
             processor=self.processor,
+            objective_state=self.objective.state_dict() if isinstance(self.objective, StatefulObjective) else None,
             keep=self.arguments.keep_checkpoints,
         )
         self.saved_step = self.step
@@ -429,6 +433,8 @@ class _Run:
         state = checkpoints.read_run_state(checkpoint)
         self._check_same_run(checkpoint, state)
         checkpoints.restore_checkpoint(checkpoint, self.unwrapped, self.optimizer, self.accelerator)
+        if isinstance(self.objective, StatefulObjective):
+            self.objective.load_state_dict(checkpoints.load_objective_state(checkpoint))
         self.step = self.first_step = self.saved_step = state.step
         self.skipped_steps, self.rows_set_aside = state.skipped_steps, state.rows_set_aside
 

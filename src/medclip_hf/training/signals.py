@@ -1,14 +1,15 @@
 """A request to stop (SIGTERM, SIGINT) noted for the loop to obey between two steps."""
 
-import logging
+import ctypes
+import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-logger = logging.getLogger(__name__)
-
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class StopRequest:
@@ -40,6 +41,17 @@ class StopRequest:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
         self.received = number
+
+
+def stop_with_launcher() -> None:
+    """Ask the system for a SIGTERM when `accelerate launch` ends before this process does.
+
+    For a single process it waits for it but passes no signal on: whoever stops the launcher would leave a training
+    behind that nobody watches. Launchers of several processes do pass signals on. Linux alone has this.
+    """
+    is_only_child = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ
+    if is_only_child and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def ignore_stop_signals(worker_id: int) -> None:
