@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# A chunk of similarities on a CPU should stay in cache; on an accelerator it should be worth its kernel launches.
-CPU_CHUNK_BYTES = 3 * 2**20
+# On a CPU a chunk of similarities should stay in cache, yet be so large that threads seldom wait for each other between
+# chunks; on an accelerator it should be worth its kernel launches.
+CPU_CHUNK_BYTES = 5 * 2**20
 ACCELERATOR_CHUNK_BYTES = 128 * 2**20
 
 
