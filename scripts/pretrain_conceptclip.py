@@ -323,21 +323,19 @@ def make_evaluate_fn(
 
 
 def validation_batches(num_rows: int, batch_size: int, accelerator: Accelerator) -> list[list[int]]:
-    """This process's batches of row indices: equally many and equally large on every process.
+    """This process's batches of row indices: equally many on every process, since they are compared with each other.
 
-    Losses are compared across processes, so none may have a batch more than another; less than one row a batch and
-    process is left out for that.
+    All rows are used; sizes differ by one at most and do not exceed `batch_size`.
 
     Raises:
         ValueError: fewer rows than processes.
     """
     num_processes, rank = accelerator.num_processes, accelerator.process_index
-    num_batches = -(-num_rows // (batch_size * num_processes))
-    size = num_rows // (num_batches * num_processes) if num_batches else 0
-    if size == 0:
+    if num_rows < num_processes:
         raise ValueError(f"the validation split has {num_rows} rows, which {num_processes} processes cannot share.")
-    starts = [(batch * num_processes + rank) * size for batch in range(num_batches)]
-    return [list(range(start, start + size)) for start in starts]
+    num_parts = -(-num_rows // (batch_size * num_processes)) * num_processes
+    bounds = [num_rows * part // num_parts for part in range(num_parts + 1)]
+    return [list(range(bounds[part], bounds[part + 1])) for part in range(rank, num_parts, num_processes)]
 
 
 if __name__ == "__main__":

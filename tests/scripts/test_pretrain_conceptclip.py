@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, SiglipVisionConfig, SiglipVisionModel
@@ -184,6 +185,12 @@ def test_a_launch_that_starts_one_process_of_two_is_refused(repository, tiny_rec
     assert "several processes were asked for, but only one was started" in ended.stderr
 
 
+@pytest.mark.parametrize("name", ["one_cpu", "cpu_processes", "one_node_gpus", "several_nodes"])
+def test_every_launch_file_is_accepted_key_by_key(repository, name):
+    config = load_config_from_file(str(repository / "scripts" / "launch" / f"{name}.yaml"))
+    assert config.mixed_precision == "no", "the recipe decides"
+
+
 @pytest.mark.parametrize("name", ["conceptclip_stage1", "conceptclip_stage2", "conceptclip_tiny"])
 def test_every_recipe_is_accepted_key_by_key(script, repository, name):
     recipe = script.read_recipe(repository / "scripts" / "recipes" / f"{name}.yaml")
@@ -223,12 +230,12 @@ def test_captions_longer_than_the_text_tower_are_refused(script, tiny_recipe, fi
     assert "data.max_length is 100, but the text tower has 77 positions" in capsys.readouterr().err
 
 
-def test_validation_is_shared_in_equal_parts(script):
+def test_validation_is_shared_in_nearly_equal_parts(script):
     class Processes:
         num_processes = 2
         process_index = 1
 
-    assert script.validation_batches(13, 4, Processes()) == [[3, 4, 5], [9, 10, 11]]
+    assert script.validation_batches(13, 4, Processes()) == [[3, 4, 5], [9, 10, 11, 12]]
     with pytest.raises(ValueError, match="1 rows, which 2 processes cannot share"):
         script.validation_batches(1, 4, Processes())
 

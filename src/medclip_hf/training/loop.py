@@ -141,24 +141,25 @@ def train(
             path continues from that one. Weights, moments, random states and data order are those of a run that was
             never stopped.
         recipe: written to `run.json`.
-        accelerator: from `make_accelerator`, if the caller needed it before.
+        accelerator: from `make_accelerator`, if the caller needs one before or after; its `end_training`, which closes
+            trackers and process group, is then the caller's to call.
 
     Raises:
         ValueError: an output folder that already holds a run, a checkpoint that is not of this run, too few rows.
         FloatingPointError: the loss or its gradient is not finite.
     """
-    accelerator = accelerator or make_accelerator(arguments)
-    run = _Run(model, dataset, collator, objective, arguments, accelerator, processor, evaluate_fn)
+    own_accelerator = make_accelerator(arguments) if accelerator is None else None
+    run = _Run(model, dataset, collator, objective, arguments, accelerator or own_accelerator, processor, evaluate_fn)
     run.prepare(resume, recipe or {})
     with StopRequest() as stop:
         try:
-            return run.finish(run.steps(stop))
+            result = run.finish(run.steps(stop))
         except BaseException:
             run.record.set_status("failed", run.step)
             raise
-        finally:
-            for tracker in accelerator.trackers:
-                tracker.finish()
+    if own_accelerator is not None:
+        own_accelerator.end_training()
+    return result
 
 
 class _Run:
@@ -261,6 +262,7 @@ class _Run:
         """Write the final model, or leave the checkpoint for another start."""
         if stopped_by:
             self.record.set_status("interrupted", self.step)
+            self.accelerator.wait_for_everyone()  # a scheduler may kill the others as soon as one has left
             logger.warning("stopped by signal %d after step %d; continue with resume", stopped_by, self.step)
             return TrainResult("interrupted", self.step, 128 + stopped_by, None, self.last_validation)
         has_trained, every = self.step > self.first_step, self.arguments.evaluate_every
@@ -540,8 +542,8 @@ def _rows_not_finite(batch: Batch) -> list[str]:
     row_ids = batch["row_ids"]
     broken = torch.zeros(len(row_ids), dtype=torch.bool)
     for value in batch.values():
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and len(value) == len(row_ids):
-            broken |= ~torch.isfinite(value).flatten(1).all(dim=1).cpu()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and len(value) == len(row_ids) > 0:
+            broken |= ~torch.isfinite(value).reshape(len(value), -1).all(dim=1).cpu()
     return [row_id for row_id, is_broken in zip(row_ids, broken.tolist(), strict=True) if is_broken]
 
 
