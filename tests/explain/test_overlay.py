@@ -55,9 +55,9 @@ def test_a_panel_has_a_tile_per_concept_and_a_bar():
     assert (three < 60).any()  # letters
 
 
-def test_five_tiles_wrap_into_two_rows():
-    wide = draw_concept_panel(GREY, np.stack([CORNER] * 3), list("abc"))
-    wrapped = draw_concept_panel(GREY, np.stack([CORNER] * 4), list("abcd"))
+def test_six_tiles_wrap_into_two_rows_of_three():
+    wide = draw_concept_panel(GREY, np.stack([CORNER] * 2), list("ab"))
+    wrapped = draw_concept_panel(GREY, np.stack([CORNER] * 5), list("abcde"))
     assert wrapped.shape[0] > 1.5 * wide.shape[0]
     assert abs(wrapped.shape[1] - wide.shape[1]) < 0.1 * wide.shape[1]
 

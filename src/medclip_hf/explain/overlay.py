@@ -19,7 +19,7 @@ COLOUR_MAP = "inferno"  # perceptually uniform, and ordered in grey and for colo
 MAX_OPACITY = 0.75
 _BACKDROP = 0.5  # grey behind the colours of the bar
 _OUTLINE_COLOURS = ("#00e5ff", "#000000")  # line and its border: visible on any picture
-_TILE_INCHES, _DPI = 2.4, 130
+_TILE_INCHES, _DPI, _MAX_COLUMNS = 2.4, 130, 5
 
 Pixels = NDArray[np.uint8]
 
@@ -119,8 +119,8 @@ def _blend(picture: NDArray[np.float32], share: NDArray[np.float32], max_opacity
 
 
 def _lay_out(num_maps: int, aspect: float, title: str) -> tuple[Figure, list[Any]]:
-    columns = min(num_maps + 1, 4)
-    rows = -(-(num_maps + 1) // columns)
+    rows = -(-(num_maps + 1) // _MAX_COLUMNS)
+    columns = -(-(num_maps + 1) // rows)
     width, height = columns * _TILE_INCHES * max(aspect, 0.4) + 1.1, rows * (_TILE_INCHES + 0.45)
     figure = Figure(figsize=(width, height + (0.4 if title else 0.0)), dpi=_DPI, layout="constrained")
     tiles = list(figure.subplots(rows, columns, squeeze=False).flat)

@@ -32,7 +32,7 @@ NEGATIONS = ("No {finding}.", "No evidence of {finding}.", "{finding} was exclud
 QUALIFIERS = ("", "", "", "obvious ", "subtle ", "typical ", "known ", "incidental ")
 WHENS = ("at admission", "before treatment", "after treatment", "three months later")
 PEOPLE = ("man", "woman", "patient", "boy", "girl")
-SYNONYM_SHARE, PLACE_SHARE, NEGATION_SHARE, ASIDE_SHARE = 0.3, 0.3, 0.15, 0.4
+SYNONYM_SHARE, PLACE_SHARE, NEGATION_SHARE, ASIDE_SHARE = 0.25, 0.2, 0.12, 0.25
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from medclip_hf.data.parquet import FIGURE_FEATURES, SPLITS
 from medclip_hf.data.phantoms.captions import DrawnPlace, write_caption
 from medclip_hf.data.phantoms.findings import FINDINGS, Finding
 from medclip_hf.data.phantoms.looks import LOOKS, render, unit_grid
@@ -21,37 +22,16 @@ from medclip_hf.data.records import FigureRow
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test")
 MAX_FINDINGS = 4
 MIN_SIZE = 32  # pixels; below it textures are narrower than a pixel
-_RADIUS_RANGE = (0.19, 0.26)  # of the average finding, over half the picture's side
+_RADIUS_RANGE = (0.24, 0.31)  # of the average finding, over half the picture's side
 _FIELD_RADIUS = 0.66  # centres stay in this disc, where every look has tissue
 _NUM_CANDIDATES = 48
+_MAX_TILT = 0.4  # radians
 
-FIGURE_FEATURES = datasets.Features(
-    {
-        "row_id": datasets.Value("string"),
-        "caption": datasets.Value("string"),
-        "concepts": datasets.List(
-            {
-                "cui": datasets.Value("string"),
-                "name": datasets.Value("string"),
-                "start_char": datasets.Value("int32"),
-                "end_char": datasets.Value("int32"),
-                "similarity": datasets.Value("float32"),
-                "semantic_type": datasets.Value("string"),
-                "is_negated": datasets.Value("bool"),
-            }
-        ),
-        "image": datasets.Image(),
-        "pmcid": datasets.Value("string"),
-        "pmid": datasets.Value("string"),
-        "figure_id": datasets.Value("string"),
-        "license": datasets.Value("string"),
-        "modality": datasets.Value("string"),
-        "findings": datasets.List(datasets.Value("string")),
-        "finding_masks": datasets.List(datasets.Image()),
-    }
+PHANTOM_FEATURES = datasets.Features(
+    FIGURE_FEATURES
+    | {"findings": datasets.List(datasets.Value("string")), "finding_masks": datasets.List(datasets.Image())}
 )
 
 
@@ -197,9 +177,9 @@ def _paint(
     size = grey.shape[0]
     x, y = unit_grid(size)
     rows, columns = (_window(centre[axis], 1.25 * radius, size) for axis in (1, 0))
-    turn = rng.uniform(0.0, 2.0 * np.pi)
+    tilt = rng.uniform(-_MAX_TILT, _MAX_TILT)
     dx, dy = (x[rows, columns] - centre[0]) / radius, (y[rows, columns] - centre[1]) / radius
-    cosine, sine = np.float32(np.cos(turn)), np.float32(np.sin(turn))
+    cosine, sine = np.float32(np.cos(tilt)), np.float32(np.sin(tilt))
     local_x = (cosine * dx + sine * dy).astype(np.float32)
     local_y = (cosine * dy - sine * dx).astype(np.float32)
     contrast, region = finding.paint(local_x, local_y, 2.0 / (size * radius), rng)
@@ -242,5 +222,5 @@ def _as_columns(figure: FigurePhantom) -> dict[str, Any]:
 
 def _write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
     partial = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(rows, schema=FIGURE_FEATURES.arrow_schema), partial)
+    pq.write_table(pa.Table.from_pylist(rows, schema=PHANTOM_FEATURES.arrow_schema), partial)
     partial.replace(path)  # a reader sees a whole shard or none

@@ -21,7 +21,7 @@ class Finding:
         concept_id: identifier in the private vocabulary.
         synonyms: other wordings of captions; they carry the same identifier.
         relative_radius: radius over that of the average finding.
-        paint: (x, y, blur, rng) -> (contrast, region) on a window around the finding. `x`, `y` run in radii, turned at
+        paint: (x, y, blur, rng) -> (contrast, region) on a window around the finding. `x`, `y` run in radii, tilted at
             random; `blur` is a pixel in radii; `contrast` in [-1, 1] is what is added to the picture, and
             `region` > 0.5 is the true mask.
     """
@@ -52,14 +52,14 @@ def _cyst(x: Plane, y: Plane, blur: float, rng: np.random.Generator) -> tuple[Pl
 
 
 def _microcalcifications(x: Plane, y: Plane, blur: float, rng: np.random.Generator) -> tuple[Plane, Plane]:
-    num_specks = int(rng.integers(9, 15))
+    num_specks = int(rng.integers(11, 16))
     angle = rng.uniform(0.0, 2.0 * np.pi, num_specks)
     radius = 0.85 * np.sqrt(rng.random(num_specks))
     speck_x = (radius * np.cos(angle)).astype(np.float32)[:, None, None]
     speck_y = (radius * np.sin(angle)).astype(np.float32)[:, None, None]
     nearest = np.sqrt(((x - speck_x) ** 2 + (y - speck_y) ** 2).min(axis=0))
     # The region is the outline that a reader would draw around the group, not the single specks.
-    return 0.85 * soft_step(0.14 - nearest, blur), soft_step(1.0 - np.hypot(x, y), blur)
+    return 0.85 * soft_step(0.15 - nearest, blur), soft_step(1.0 - np.hypot(x, y), blur)
 
 
 def _fracture(x: Plane, y: Plane, blur: float, rng: np.random.Generator) -> tuple[Plane, Plane]:
@@ -67,9 +67,9 @@ def _fracture(x: Plane, y: Plane, blur: float, rng: np.random.Generator) -> tupl
     zigzag = 0.25 * (np.abs((1.6 * x + phase) % 2.0 - 1.0) * 2.0 - 1.0)
     distance = np.abs(y - zigzag)
     length = soft_step(1.15 - np.abs(x), blur)
-    gap = soft_step(0.12 - distance, blur) * length
-    rim = soft_step(0.3 - distance, blur) * length
-    return 0.35 * (rim - gap) - 0.75 * gap, soft_step(0.36 - distance, blur) * length
+    gap = soft_step(0.17 - distance, blur) * length
+    rim = soft_step(0.36 - distance, blur) * length
+    return 0.35 * (rim - gap) - 0.75 * gap, soft_step(0.4 - distance, blur) * length
 
 
 def _spiculated_mass(x: Plane, y: Plane, blur: float, rng: np.random.Generator) -> tuple[Plane, Plane]:
@@ -105,7 +105,7 @@ def _consolidation(x: Plane, y: Plane, blur: float, rng: np.random.Generator) ->
 def _surgical_clip(x: Plane, y: Plane, blur: float, rng: np.random.Generator) -> tuple[Plane, Plane]:
     near, far = np.minimum(np.abs(x), np.abs(y)), np.maximum(np.abs(x), np.abs(y))
     length = 1.0 - far
-    return 0.95 * soft_step(np.minimum(0.17 - near, length), blur), soft_step(np.minimum(0.34 - near, length), blur)
+    return 0.95 * soft_step(np.minimum(0.22 - near, length), blur), soft_step(np.minimum(0.36 - near, length), blur)
 
 
 def _crescentic_hematoma(x: Plane, y: Plane, blur: float, rng: np.random.Generator) -> tuple[Plane, Plane]:

@@ -33,7 +33,7 @@ class Look:
     dark: Colour = (0.0, 0.0, 0.0)
     light: Colour = (1.0, 1.0, 1.0)
     speckle: float = 0.0
-    grain: float = 0.03
+    grain: float = 0.02
 
 
 @cache
@@ -128,8 +128,8 @@ def _oct(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
 LOOKS: tuple[Look, ...] = (
     Look("radiograph", ("radiograph", "x-ray", "plain film"), _radiograph),
     Look("computed tomography", ("CT slice", "computed tomography image", "axial CT scan"), _ct),
-    Look("magnetic resonance", ("MR image", "magnetic resonance image", "MRI scan"), _mr, grain=0.02),
-    Look("ultrasound", ("ultrasound image", "sonogram", "B-mode ultrasound"), _ultrasound, speckle=0.35),
+    Look("magnetic resonance", ("MR image", "magnetic resonance image", "MRI scan"), _mr),
+    Look("ultrasound", ("ultrasound image", "sonogram", "B-mode ultrasound"), _ultrasound, speckle=0.2),
     Look(
         "histology",
         ("histology section", "photomicrograph", "stained tissue section"),
@@ -155,7 +155,6 @@ LOOKS: tuple[Look, ...] = (
         "optical coherence tomography",
         ("OCT scan", "optical coherence tomography image", "retinal cross-section"),
         _oct,
-        speckle=0.2,
-        grain=0.02,
+        speckle=0.15,
     ),
 )
