@@ -265,7 +265,7 @@ def test_the_operating_point_is_the_threshold_nearest_to_the_corner():
     scores = np.array([0.1, 0.2, 0.35, 0.4, np.nan, 0.8, 0.9, 0.3])
     labels = np.array([0, 0, 0, 1, 0, 1, 1, 1])
     point = published_operating_point(scores, labels)
-    # 0.2 to 0.3 finds all positives and one of four negatives, 0.35 to 0.4 three of four positives alone: as near, larger
+    # 0.2 to 0.3 finds all positives and one of four negatives; 0.35 to 0.4 three of four positives alone, as near
     assert point.threshold == pytest.approx(39 / 99)
     assert (point.sensitivity, point.specificity, point.precision) == (0.75, 1.0, 1.0)
     assert point.accuracy == 7 / 8

@@ -47,16 +47,18 @@ def normalize_rows(weights: Tensor) -> Tensor:
 
 
 def anatomy_logits(anatomy_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
-    """Scaled cosine of every scan with the text of every scan, for each anatomy: (A, B, B) float32.
+    """Scaled cosine of every scan with the text of every scan, for each anatomy: (A, B, B), float32 or more.
 
     Args:
         anatomy_embeds: (B, A, D), L2-normalised.
         text_embeds: (B, A, D), L2-normalised, the text of that anatomy of that scan.
         logit_scale: scalar or (1,), exponentiated: one over the temperature.
     """
-    images = anatomy_embeds.transpose(0, 1).float()
-    texts = text_embeds.transpose(0, 1).float()
-    return torch.matmul(images, texts.transpose(1, 2)) * logit_scale.float()
+    dtype = torch.promote_types(anatomy_embeds.dtype, torch.float32)
+    images, texts = anatomy_embeds.transpose(0, 1).to(dtype), text_embeds.transpose(0, 1).to(dtype)
+    # Autocast would round the product to half precision, and a scale of 100 makes that visible.
+    with torch.autocast(images.device.type, enabled=False):
+        return torch.matmul(images, texts.transpose(1, 2)) * logit_scale.to(dtype)
 
 
 def _masked_log_softmax(logits: Tensor, is_used: Tensor) -> Tensor:
@@ -119,7 +121,7 @@ def calibrate_targets(
     if not 0.0 <= peer_weight <= 1.0:
         raise ValueError(f"peer_weight is a share in [0, 1], but {peer_weight} came.")
     with torch.no_grad():
-        answers = _masked_log_softmax(peer_logits.float(), is_used.T).exp()
+        answers = _masked_log_softmax(peer_logits, is_used.T).exp()
         is_calibrated = (is_abnormal & is_used).T[:, :, None]
         return torch.where(is_calibrated, torch.lerp(targets, answers.to(targets.dtype), peer_weight), targets)
 
@@ -152,7 +154,7 @@ def anatomy_alignment_loss(
     peer_logits: Tensor | None = None,
     peer_weight: float = 0.0,
 ) -> Tensor:
-    """Disease-aware contrastive loss of each anatomy, (A,) float32; the loss of a batch is its sum.
+    """Disease-aware contrastive loss of each anatomy, (A,) in float32 or more; the loss of a batch is its sum.
 
     Both directions use the same hard targets (`positive_pairs`, row-normalised). Anatomies with nothing to learn
     (`trained_anatomies`) give exactly zero. Feed the rows of all processes: the loss of a global batch is not a mean

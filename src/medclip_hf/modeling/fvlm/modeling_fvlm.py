@@ -704,18 +704,19 @@ class FVLMModel(FVLMPreTrainedModel):
             image_outputs = self.get_image_features(
                 pixel_values, anatomy_mask, anatomy_token_mask, return_dict=True, **kwargs
             )
-            anatomy_embeds = F.normalize(image_outputs.pooler_output, dim=-1)
+            anatomy_embeds = _normalize_exactly(image_outputs.pooler_output)
         if input_ids is not None:
             text_outputs = self.get_text_features(
                 input_ids, attention_mask, position_ids, token_type_ids, return_dict=True, **kwargs
             )
-            text_embeds = F.normalize(text_outputs.pooler_output, dim=-1)
+            text_embeds = _normalize_exactly(text_outputs.pooler_output)
 
         anatomy_present = None if image_outputs is None else image_outputs.anatomy_present
         logit_scale = self.logit_scale.exp()
         logits = losses = None
         if return_logits and anatomy_embeds is not None and text_embeds is not None:
-            logits = torch.matmul(anatomy_embeds, text_embeds.T) * logit_scale
+            with torch.autocast(anatomy_embeds.device.type, enabled=False):
+                logits = torch.matmul(anatomy_embeds, text_embeds.T) * logit_scale
         if return_loss:
             losses = self._losses(
                 anatomy_present,
@@ -780,15 +781,21 @@ class FVLMModel(FVLMPreTrainedModel):
             is_used = is_used & is_complete.bool()
         elif anatomy_mask is not None:
             is_used = is_used & ~_touching_anatomies(anatomy_mask, self.config.num_anatomies)
-        rows = text_index.clamp(min=0)
+        # The row behind the last text stands for "no text", which index -1 names.
         return anatomy_alignment_loss(
             anatomy_embeds,
-            text_embeds[rows],
+            F.pad(text_embeds, (0, 0, 0, 1))[text_index],
             self.logit_scale.exp(),
-            text_ids=rows if text_ids is None else text_ids[rows],
+            text_ids=text_index if text_ids is None else F.pad(text_ids, (0, 1))[text_index],
             is_abnormal=is_abnormal.bool(),
             is_used=is_used,
         )
+
+
+# Same as in conceptclip.
+def _normalize_exactly(embeds: Tensor) -> Tensor:
+    """The embeddings L2-normalised in float32 at least: a norm rounded to half precision shifts logits of scale 100."""
+    return F.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
 
 
 __all__ = ["FVLMModel", "FVLMPreTrainedModel", "FVLMVisionModel"]
