@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 
@@ -311,6 +312,18 @@ def test_the_released_decomposition_is_read_with_silence_of_the_impression_as_no
 
 
 # Bad input and corpora
+
+
+@pytest.mark.parametrize(
+    "part", ["no effusion, ", "heart is normal and ", "not observed ", "No change. ", "1. ", "(", ". "]
+)
+def test_an_endless_report_is_read_in_time_that_grows_with_its_length(part):
+    seconds = []
+    for length in (8_000, 64_000):
+        start = time.process_time()
+        read_statements(part * (length // len(part)))
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 24 * max(seconds[0], 0.02)
 
 
 @pytest.mark.parametrize(

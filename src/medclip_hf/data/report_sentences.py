@@ -12,6 +12,7 @@ NOT_GIVEN = frozenset({"", "not given", "nan", "none", "n/a", "-", "--"})  # CT-
 _LIST_MARK = re.compile(r"^\s*(?:\(?\d{1,2}[.)](?=\s|[A-Za-z])|[-–—•*·>]+(?=\s|[A-Z])|\([a-z]\)\s)\s*")
 _INLINE_NUMBER = re.compile(r"(?<=[.;:!?])\s+(?=\(?\d{1,2}[.)]\s+[A-Z])|\s+(?=\(?\d{1,2}\)\s+[A-Z])")
 _STOP = re.compile(r"[.!?]+")
+_LAST_WORD = re.compile(r"[^\s(\[\"']+$")
 _HEADING = re.compile(r"^([A-Z][A-Za-z][A-Za-z ,/&()-]{0,60}?):(?=\s|$)")
 
 _VERB = r"(?:is|are|was|were|has|have|had|shows?|appears?|measures?|contains?|demonstrates?|remains?|reach(?:es)?)"
@@ -20,7 +21,7 @@ _DETECTED = re.compile(
     rf"\b{_VERB}\s+(?:not\s+)?(?:been\s+)?"
     r"(?:seen|observed|detected|identified|noted|found|present|visible|evident|demonstrated|selected)\b"
 )
-_DENIAL = re.compile(r"^\s*(?:there (?:is|are|was|were) )?(?:no|without|neither)\b")
+_DENIAL = re.compile(r"\s*(?:there (?:is|are|was|were) )?(?:no|without|neither)\b")
 _BREAK = re.compile(
     r"\s*;\s*|,?\s+\b(?:but|however|while|whereas|although|though|except|yet|apart from)\b\s*"
     r"|,?\s+and\s+(?=(?:an?|the|there)\s)|,\s*(?=(?:there|an?|with|mild|minimal|small|large|moderate|marked)\s)"
@@ -100,7 +101,7 @@ def _logical_lines(text: str) -> Iterator[str]:
 def _begins_anew(current: str, line: str) -> bool:
     """Whether a line that follows one without a full stop begins a sentence: capitalised, and no acronym."""
     words = line.split()
-    is_short = len(current.split()) <= 12 and current[-1] not in ",-("
+    is_short = len(current) <= 100 and current[-1] not in ",-("
     return is_short and words[0][0].isupper() and not words[0].isupper() and len(words) > 1
 
 
@@ -119,9 +120,9 @@ def _ends_sentence(text: str, stop: int, after: int) -> bool:
         return True
     if not text[after].isspace():  # "normal.Mediastinal" lacks its space; "1.5", "e.g." and "T.B" do not
         return text[after].isupper() and (stop >= 2 and text[stop - 1].islower() and text[stop - 2].isalpha())
-    words = text[:stop].split()
-    word = words[-1].lstrip("([\"'").lower() if words else ""
-    following = text[after:].lstrip()[:1]
+    found = _LAST_WORD.search(text, max(0, stop - 24), stop)
+    word = found.group().lower() if found else ""
+    following = text[after : after + 24].lstrip()[:1]  # white space is single here
     if word in _abbreviations():
         # "no." and "post." are also words: they end a sentence before a capital, and number or shorten before others.
         return False if word not in {"no", "post", "min", "max"} else following.isupper()
@@ -138,14 +139,17 @@ def _clause_texts(sentence: str) -> Iterator[str]:
 
 def _split_at_joints(text: str) -> Iterator[str]:
     """Cut at "and" or a comma where both sides could stand alone, which the items of a list cannot."""
-    begin = 0
-    for joint in _JOINT.finditer(text):
-        left, right = text[begin : joint.start()], text[joint.end() :]
-        stands_alone = bool(_HAS_VERB.search(left)) or (bool(_DENIAL.match(left)) and not _DETECTED.search(right))
-        following = _JOINT.split(right)[0]
-        if stands_alone and (_HAS_VERB.search(following) or _DENIAL.match(following)):
-            yield left
-            begin = joint.end()
+    joints = [(found.start(), found.end()) for found in _JOINT.finditer(text)]
+    last_detected = max((found.start() for found in _DETECTED.finditer(text)), default=-1)
+    begin, piece_start, has_verb = 0, 0, False
+    for i, (left_end, right_start) in enumerate(joints):
+        has_verb = has_verb or bool(_HAS_VERB.search(text, piece_start, left_end))
+        right_end = joints[i + 1][0] if i + 1 < len(joints) else len(text)
+        stands_alone = has_verb or (bool(_DENIAL.match(text, begin)) and last_detected < right_start)
+        piece_start = right_start
+        if stands_alone and (_HAS_VERB.search(text, right_start, right_end) or _DENIAL.match(text, right_start)):
+            yield text[begin:left_end]
+            begin, has_verb = right_start, False
     if text[begin:].strip():
         yield text[begin:]
 
@@ -168,16 +172,14 @@ def _abbreviations() -> frozenset[str]:
 def _judge(clause: str) -> tuple[bool, bool]:
     """(names something abnormal that is not denied, denies something or calls it normal)."""
     cues = _cues()
-    visible = clause
+    letters = list(clause)
     for found in cues["negation_apparent"].find(clause):
-        visible = f"{visible[: found.start]}{' ' * (found.end - found.start)}{visible[found.end :]}"
+        letters[found.start : found.end] = " " * (found.end - found.start)
+    visible = "".join(letters)
     after = list(cues["negation_after"].find(visible))
     last_denied = max((found.start for found in after), default=-1)
-    before = [
-        found.end
-        for found in cues["negation_before"].find(visible)
-        if not any(cue.start <= found.start < cue.end for cue in after)
-    ]
+    backward = {found.start for found in after}  # their own "not" does not reach forward
+    before = [found.end for found in cues["negation_before"].find(visible) if found.start not in backward]
     first_denied = min(before, default=len(visible) + 1)
     abnormal = any(last_denied <= found.start < first_denied for found in cues["abnormal"].find(visible))
     return abnormal, bool(before or after) or any(True for _ in cues["normal"].find(visible))
