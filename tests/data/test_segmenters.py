@@ -1,7 +1,7 @@
 """Segmenters are programs: how they are called, what they must leave, what happens where they fail."""
 
+import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,9 +59,15 @@ def test_what_is_not_installed_or_not_known_is_an_error(tmp_path, monkeypatch):
 
 def test_a_bundle_is_run_by_monai_and_writes_ids_of_version_1(tmp_path):
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs/inference.json").write_text("{}")
+    configuration = {
+        "imports": ["$import shutil"],
+        "bundle_root": ".",
+        "output_dir": "eval",
+        "datalist": [],
+        "run": ["$shutil.copy(@datalist#0, @output_dir + '/image_trans.nii.gz')"],
+    }
+    (tmp_path / "configs/inference.json").write_text(json.dumps(configuration))
     segmenter = Segmenter.from_text(f"bundle:{tmp_path}")
     assert segmenter.label_version == "v1"
-    command = segmenter.command(Path("in.nii.gz"), Path("out"))
-    assert command[1:4] == ["-m", "monai.bundle", "run"]
-    assert command[-1] == "['in.nii.gz']"
+    labels = nibabel.load(segment(VOLUME, segmenter, tmp_path / "scan.nii.gz"))
+    np.testing.assert_array_equal(np.asarray(labels.dataobj).transpose(2, 1, 0), VOLUME.values)

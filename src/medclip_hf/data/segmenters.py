@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ from medclip_hf.data.geometry import UnusableScan, Volume
 logger = logging.getLogger(__name__)
 
 _MESSAGE_LINES = 5
+# `python -m monai.bundle run` would need the package fire besides.
+_RUN_BUNDLE = "import json, sys; from monai.bundle import run; run(**json.loads(sys.argv[1]))"
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Segmenter:
 
     Args:
         name: "totalsegmentator", or "bundle" for MONAI's whole-body CT segmentation.
-        bundle: folder of the bundle.
+        bundle: folder of the bundle (wholeBody_ct_segmentation of MONAI's model zoo, with pytorch-ignite installed).
         label_version: whose ids it writes: TotalSegmentator 2 its own, MONAI's bundle those of version 1.
     """
 
@@ -56,13 +59,13 @@ class Segmenter:
         """The command line that labels `image` below the folder `output`."""
         if self.bundle is None:
             return ["TotalSegmentator", "-i", str(image), "-o", str(output / "labels.nii.gz"), "--ml"]
-        return [
-            *(sys.executable, "-m", "monai.bundle", "run"),
-            *("--config_file", str(self.bundle / "configs" / "inference.json")),
-            *("--bundle_root", str(self.bundle)),
-            *("--output_dir", str(output)),
-            *("--datalist", f"['{image}']"),
-        ]
+        overrides = {
+            "config_file": str(self.bundle / "configs" / "inference.json"),
+            "bundle_root": str(self.bundle),
+            "output_dir": str(output),
+            "datalist": [str(image)],
+        }
+        return [sys.executable, "-c", _RUN_BUNDLE, json.dumps(overrides)]
 
 
 def segment(volume: Volume, segmenter: Segmenter, target: Path) -> Path:
