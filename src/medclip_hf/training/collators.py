@@ -7,12 +7,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from medclip_hf.data.records import ConceptMention
 from medclip_hf.data.stages import Drop
+from medclip_hf.processing.fvlm.processing_fvlm import MAX_TEXT_LENGTH, index_texts, text_id
 from medclip_hf.training.datasets import FigureExample
+from medclip_hf.training.scan_datasets import ScanExample
 
 _CUI = re.compile(r"C(\d{7})")
 _HASHED = 1 << 62  # set in every hashed identity, so that none can equal a CUI's number
@@ -45,13 +48,8 @@ class FigureCollator:
     def __call__(self, examples: Sequence[FigureExample | Drop]) -> dict[str, Any]:
         """One batch as a dict of tensors and two lists."""
         figures = [example for example in examples if isinstance(example, FigureExample)]
-        set_aside = [
-            {"row_id": example.row_id, "reason": example.reason, "detail": example.detail}
-            for example in examples
-            if isinstance(example, Drop)
-        ]
         tensors = self._encode(figures) if figures else self._encode_nothing()
-        return tensors | {"row_ids": [figure.row_id for figure in figures], "set_aside": set_aside}
+        return tensors | {"row_ids": [figure.row_id for figure in figures], "set_aside": _set_aside(examples)}
 
     def _encode(self, figures: list[FigureExample]) -> dict[str, Any]:
         height, width = _input_size(self.processor)
@@ -81,6 +79,117 @@ class FigureCollator:
         height, width = _input_size(self.processor)
         stand_in = FigureExample("", Image.new("RGB", (width, height)), "nothing", ())
         return {name: tensor[:0] for name, tensor in self._encode([stand_in]).items()}
+
+
+class ScanCollator:
+    """Windows the crops, encodes each distinct text once, and says which text belongs to which anatomy of which scan.
+
+    The text of an anatomy that is not complete in its crop has no part in the loss and is not encoded.
+
+    Args:
+        processor: an `FVLMProcessor`; its image processor holds the Hounsfield window, the anatomies and the size.
+        max_length: of a text in tokens, [CLS] and [SEP] counted.
+        reduce_false_negatives: False trains as CLIP does, for comparison: an anatomy's text is the right answer for its
+            own scan alone, even where another scan is normal too or has the very same text. Then every text is encoded
+            for itself under an identity of its own, and `is_abnormal` is true everywhere.
+
+    Returns (of a call):
+        pixel_values (B, 1, D, H, W) in [0, 1], anatomy_mask (B, D, H, W) uint8, input_ids and attention_mask (T, L) of
+        the T distinct texts padded to the longest, text_ids (T,) int64 (the same for the same text in any batch),
+        text_index (B, A) int64 with -1 for none, is_complete and is_abnormal (B, A) bool, row_ids (list of B) and
+        set_aside (list of {row_id, reason, detail}). B and T may be 0.
+    """
+
+    def __init__(
+        self, processor: Any, max_length: int = MAX_TEXT_LENGTH, *, reduce_false_negatives: bool = True
+    ) -> None:
+        if max_length < 3:
+            raise ValueError(f"max_length counts [CLS] and [SEP], so it must be at least 3; got {max_length}")
+        self.processor = processor
+        self.max_length = max_length
+        self.reduce_false_negatives = reduce_false_negatives
+        self.anatomies = tuple(processor.image_processor.anatomies)
+        self.size_dhw = tuple(processor.image_processor.size_dhw)
+
+    def __call__(self, examples: Sequence[ScanExample | Drop]) -> dict[str, Any]:
+        """One batch as a dict of tensors and two lists."""
+        scans = [example for example in examples if isinstance(example, ScanExample)]
+        for scan in scans:
+            self._check(scan)
+        volumes, flags = (len(scans), *self.size_dhw), (len(scans), len(self.anatomies))
+        tensors = {
+            "pixel_values": self._window([scan.image for scan in scans]),
+            "anatomy_mask": _stacked([scan.anatomy_mask for scan in scans], volumes, np.uint8),
+            "is_complete": _stacked([scan.is_complete for scan in scans], flags, np.bool_),
+            "is_abnormal": _stacked([self._is_abnormal(scan) for scan in scans], flags, np.bool_),
+        }
+        rows = {"row_ids": [scan.row_id for scan in scans], "set_aside": _set_aside(examples)}
+        return tensors | self._encode(scans) | rows
+
+    def _check(self, scan: ScanExample) -> None:
+        if scan.image.shape != self.size_dhw or len(scan.texts) != len(self.anatomies):
+            raise ValueError(
+                f"the processor is for crops of {self.size_dhw} voxels and the anatomies {self.anatomies}, but scan "
+                f"{scan.row_id} came with {scan.image.shape} and {len(scan.texts)} texts. Give ScanDataset the "
+                "processor's size and anatomies."
+            )
+
+    def _is_abnormal(self, scan: ScanExample) -> np.ndarray:
+        return scan.is_abnormal if self.reduce_false_negatives else np.ones_like(scan.is_abnormal)
+
+    def _window(self, images: list[np.ndarray]) -> torch.Tensor:
+        """As the processor does it; Hounsfield units were checked when the scans were prepared."""
+        low, high = self.processor.image_processor.hu_min, self.processor.image_processor.hu_max
+        scaled = np.empty((len(images), 1, *self.size_dhw), dtype=np.float32)
+        for target, image in zip(scaled[:, 0], images, strict=True):
+            np.subtract(image, np.float32(low), out=target, dtype=np.float32)
+            np.divide(target, np.float32(high - low), out=target)
+            np.clip(target, 0.0, 1.0, out=target)
+        return torch.from_numpy(scaled)
+
+    def _encode(self, scans: list[ScanExample]) -> dict[str, torch.Tensor]:
+        texts, identities, text_index = self._distinct_texts(scans)
+        encoded = self.processor.tokenizer(
+            texts or [""],
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_token_type_ids=False,
+            return_tensors="pt",
+        )
+        return {
+            "input_ids": encoded["input_ids"][: len(texts)],
+            "attention_mask": encoded["attention_mask"][: len(texts)],
+            "text_ids": torch.tensor([text_id(identity) for identity in identities], dtype=torch.int64),
+            "text_index": torch.tensor(text_index, dtype=torch.int64).reshape(len(scans), len(self.anatomies)),
+        }
+
+    def _distinct_texts(self, scans: list[ScanExample]) -> tuple[list[str], list[str], list[list[int]]]:
+        """T texts, what each is recognised by, and the row of every anatomy's text (-1: none)."""
+        used = [
+            {name: scan.texts[place] for place, name in enumerate(self.anatomies) if scan.is_complete[place]}
+            for scan in scans
+        ]
+        if self.reduce_false_negatives:
+            texts, text_index = index_texts(used, self.anatomies)
+            return texts, texts, text_index
+        marked = [
+            {name: f"{scan.row_id}\n{name}\n{text}" if text else "" for name, text in entry.items()}
+            for scan, entry in zip(scans, used, strict=True)
+        ]
+        identities, text_index = index_texts(marked, self.anatomies)
+        return [identity.split("\n", 2)[2] for identity in identities], identities, text_index
+
+
+def _set_aside(examples: Sequence[Any]) -> list[dict[str, str]]:
+    """What the run record keeps of the examples that could not be read."""
+    drops = [example for example in examples if isinstance(example, Drop)]
+    return [{"row_id": drop.row_id, "reason": drop.reason, "detail": drop.detail} for drop in drops]
+
+
+def _stacked(arrays: list[np.ndarray], shape: tuple[int, ...], dtype: type) -> torch.Tensor:
+    """The arrays as one tensor of this shape, also where there are none."""
+    return torch.from_numpy(np.stack(arrays) if arrays else np.empty(shape, dtype=dtype))
 
 
 def concept_identity(concept: ConceptMention) -> int:
