@@ -31,7 +31,7 @@ def measure(variants: Variants, make_inputs: Callable[[int], Inputs], arguments:
     """Print time and peak memory of every variant.
 
     Times are of forward and backward together, of the variants in turn, round by round, after one round to warm up.
-    Memory is the peak of a process of its own that runs one step, less what it held before and the gradients it gives.
+    Memory is the peak of processes of their own that run one step, less what they held before and the gradients.
 
     Args:
         variants: loss function by name; `medclip-hf` and `plain` are compared. One that gives None has no gradients.
@@ -98,9 +98,11 @@ def _peak_bytes(loss_function: Callable[..., Tensor | None], inputs: Inputs, sma
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - results
 
 
-def _peak_in_own_process(name: str) -> int:
+def _peak_in_own_process(name: str) -> float:
+    """Median over three fresh processes: which thread allocates what, and when, differs by some MiB."""
     command = [sys.executable, *sys.argv, "--peak-of", name]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(3)]
+    return statistics.median(json.loads(run.stdout) for run in runs)
 
 
 def _machine() -> str:
