@@ -11,12 +11,12 @@ from medclip_hf.data.records import ConceptMention
 OPENINGS = (
     "{modality} showing {findings}.",
     "{modality} demonstrates {findings}.",
-    "{modality} of a {age}-year-old {person} with {findings}.",
+    "{modality} with {findings}.",
+    "{modality} of a {age}-year-old {person}: {findings}.",
     "Figure {number}. {findings} on {modality}.",
     "Representative {modality}: {findings}.",
-    "{findings} in a {age}-year-old {person}, {modality}.",
     "({letter}) {modality} obtained {when} reveals {findings} (arrow).",
-    "Case {number}: {findings} can be seen on this {modality}.",
+    "{findings} can be seen on this {modality}.",
 )
 ASIDES = (
     "Scale bar as indicated.",
@@ -32,7 +32,7 @@ NEGATIONS = ("No {finding}.", "No evidence of {finding}.", "{finding} was exclud
 QUALIFIERS = ("", "", "", "obvious ", "subtle ", "typical ", "known ", "incidental ")
 WHENS = ("at admission", "before treatment", "after treatment", "three months later")
 PEOPLE = ("man", "woman", "patient", "boy", "girl")
-SYNONYM_SHARE, PLACE_SHARE, NEGATION_SHARE, ASIDE_SHARE = 0.25, 0.2, 0.12, 0.25
+SYNONYM_SHARE, PLACE_SHARE, NEGATION_SHARE, ASIDE_SHARE = 0.25, 0.15, 0.1, 0.2
 
 
 @dataclass(frozen=True)

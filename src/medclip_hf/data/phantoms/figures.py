@@ -24,9 +24,10 @@ logger = logging.getLogger(__name__)
 
 MAX_FINDINGS = 4
 MIN_SIZE = 32  # pixels; below it textures are narrower than a pixel
-_RADIUS_RANGE = (0.24, 0.31)  # of the average finding, over half the picture's side
-_FIELD_RADIUS = 0.66  # centres stay in this disc, where every look has tissue
-_NUM_CANDIDATES = 48
+_RADIUS_RANGE = (0.28, 0.36)  # of the average finding alone, over half the picture's side
+_FIELD_RADIUS = 0.64  # centres stay in this disc, where every look has tissue
+_NUM_CANDIDATES = 96
+_SHRINK_WHERE_MANY = (1.0, 1.0, 0.92, 0.84)  # radii of one, two, … findings, so that most find room
 _MAX_TILT = 0.4  # radians
 
 PHANTOM_FEATURES = datasets.Features(
@@ -142,7 +143,8 @@ def _put_findings(grey: NDArray[np.float32], rng: np.random.Generator) -> tuple[
     size = grey.shape[0]
     wanted = rng.choice(len(FINDINGS), size=rng.integers(1, MAX_FINDINGS + 1), replace=False)
     findings = [FINDINGS[number] for number in wanted]
-    radii = [finding.relative_radius * rng.uniform(*_RADIUS_RANGE) for finding in findings]
+    shrink = _SHRINK_WHERE_MANY[len(findings) - 1]
+    radii = [shrink * finding.relative_radius * rng.uniform(*_RADIUS_RANGE) for finding in findings]
     places: list[DrawnPlace] = []
     masks: list[NDArray[np.bool_]] = []
     for finding, radius, centre in zip(findings, radii, _apart(radii, rng), strict=False):
