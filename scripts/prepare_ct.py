@@ -50,7 +50,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
 
 
 def main(command_line: list[str] | None = None) -> int:
-    """Prepare the scans and print what came of them; 0 if some were prepared, 1 if none, 2 for an error."""
+    """Prepare the scans and print what came of them; 0 if there are any, 1 if none, 2 for an error, 130 if stopped."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = parse_arguments(command_line)
     try:
@@ -58,6 +58,9 @@ def main(command_line: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run again to go on from here\n")
+        return 130
     print_report(report)
     return 0 if report.num_prepared else 1
 

@@ -132,6 +132,20 @@ def test_an_unknown_orientation_is_refused(tmp_path):
     assert error.value.reason == "orientation unknown"
 
 
+def test_a_header_that_contradicts_itself_is_refused(tmp_path):
+    image = nibabel.Nifti1Image(torso()[0].transpose(2, 1, 0), AFFINE)
+    image.set_sform(AFFINE, 1)
+    image.set_qform(np.diag([2.0, -2.0, 5.0, 1.0]), 1)
+    nibabel.save(image, tmp_path / "scan.nii.gz")
+    with pytest.raises(UnusableScan, match="LPS by its sform, RPS by its qform") as error:
+        load_ct(tmp_path / "scan.nii.gz")
+    assert error.value.reason == "orientation unknown"
+
+
+def repeat_slice(hu):
+    return hu[[0, 1, 2, 2, *range(3, len(hu))]]
+
+
 def nan_voxel(hu):
     hu = hu.astype(np.float32)
     hu[3, 4, 5] = np.nan
@@ -144,11 +158,12 @@ def nan_voxel(hu):
         (lambda hu: np.stack([hu, hu], axis=3).transpose(3, 0, 1, 2), "not a 3-D volume"),
         (lambda hu: hu[:1], "not a 3-D volume"),
         (nan_voxel, "not a number"),
+        (repeat_slice, "repeated slices"),
         (lambda hu: np.abs(hu) + 20, "not Hounsfield units"),
         (lambda hu: np.zeros_like(hu), "constant volume"),
         (lambda hu: (hu + 0j).astype(np.complex64), "wrong dtype"),
     ],
-    ids=["4-D", "one slice", "NaN", "MR", "constant", "complex"],
+    ids=["4-D", "one slice", "NaN", "repeated slice", "MR", "constant", "complex"],
 )
 def test_volumes_that_are_no_ct_are_refused(tmp_path, change, reason):
     values = change(torso()[0])

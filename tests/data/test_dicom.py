@@ -7,7 +7,13 @@ pydicom = pytest.importorskip("pydicom")
 
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
 from pydicom.sequence import Sequence  # noqa: E402
-from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid  # noqa: E402
+from pydicom.uid import (  # noqa: E402
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    ExplicitVRLittleEndian,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
 
 from medclip_hf.data.dicom import is_dicom, read_series  # noqa: E402
 from medclip_hf.data.geometry import UnusableScan  # noqa: E402
@@ -105,7 +111,7 @@ def test_localizers_sheets_other_modalities_and_other_files_are_left_out(tmp_pat
     folder = series(tmp_path / "s")
     for name, change in {
         "localizer": {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"], "ImagePositionPatient": [0, 0, 0]},
-        "sheet": {"SeriesInstanceUID": "9"},
+        "sheet": {"SeriesInstanceUID": "9", "SOPClassUID": SecondaryCaptureImageStorage},
         "segmentation": {"Modality": "SEG"},
     }.items():
         other = dataset()
@@ -184,6 +190,11 @@ def magnetic(slice_, z):
     slice_.Modality = "MR"
 
 
+def drop_position(slice_, z):
+    if z == 5:
+        del slice_.ImagePositionPatient
+
+
 def drop_spacing(slice_, z):
     del slice_.PixelSpacing
 
@@ -210,6 +221,7 @@ def colour(slice_, z):
         (reformat, "mixed series"),
         (magnetic, "no CT series"),
         (drop_spacing, "geometry missing"),
+        (drop_position, "geometry missing"),
         (shorten, "pixels unreadable"),
         (colour, "not a CT image"),
     ],
@@ -248,6 +260,16 @@ def test_a_truncated_file_is_refused_by_name(tmp_path):
     with pytest.raises(UnusableScan, match="002") as error:
         read_series(folder)
     assert error.value.reason == "pixels unreadable"
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
+def test_a_file_whose_header_breaks_off_is_not_passed_over(tmp_path, share):
+    folder = series(tmp_path / "s")
+    content = (folder / "003").read_bytes()  # the last slice: no gap would tell
+    header = len(content) - 6 * 8 * 2
+    (folder / "003").write_bytes(content[: int(header * share)])
+    with pytest.raises(UnusableScan, match="003"):
+        read_series(folder)
 
 
 def test_the_real_jpeg_2000_series_is_read_as_monai_reads_it(real_data):

@@ -13,6 +13,7 @@ from medclip_hf.data.geometry import (
     check_affine,
     check_hounsfield,
     check_same_grid,
+    check_slices,
     oriented_volume,
     resample,
     resampled_size,
@@ -166,6 +167,21 @@ def test_one_voxel_that_is_no_number_is_refused(bad):
     hu[3, 4, 5] = bad
     with pytest.raises(UnusableScan, match="not a number"):
         check_hounsfield(hu, "scan")
+
+
+def test_a_repeated_slice_is_refused():
+    hu = torso()
+    hu[7] = hu[6]
+    with pytest.raises(UnusableScan, match="first number 7 from the feet") as error:
+        check_slices(hu, "scan.nii")
+    assert error.value.reason == "repeated slices"
+
+
+def test_padding_and_drawn_slices_may_repeat():
+    hu = torso()
+    hu[:3] = -1024
+    check_slices(hu, "scan")
+    check_slices(np.repeat(np.where(torso()[:1] > -500, 40, -1000), 8, axis=0), "scan")
 
 
 def test_sizes_after_resampling_are_cut_down_to_whole_voxels():

@@ -21,6 +21,7 @@ from medclip_hf.data.geometry import (
     Volume,
     check_hounsfield,
     check_same_grid,
+    check_slices,
     oriented_volume,
     resample,
     stored_hounsfield,
@@ -91,6 +92,7 @@ def load_ct(
         Path(path), rescale=rescale, affine=affine, series_uid=series_uid, orientation=contract.orientation
     )
     check_hounsfield(image.values, image.source)
+    check_slices(image.values, image.source)
     labels = None
     if labels_path is not None:
         # A wrong header is wrong in the image alone: labels carry their own, written after it was repaired.
@@ -178,6 +180,15 @@ def _header_affine(image: Any, path: Path) -> NDArray[np.float64]:
             f"{path}: sform and qform code are 0, so left and right cannot be told. Convert the scan again from DICOM, "
             "or give its affine if you know it.",
         )
+    if int(header["sform_code"]) and int(header["qform_code"]):
+        from nibabel.orientations import aff2axcodes
+
+        by_sform, by_qform = ("".join(aff2axcodes(matrix)) for matrix in (header.get_sform(), header.get_qform()))
+        if by_sform != by_qform:
+            raise UnusableScan(
+                "orientation unknown",
+                f"{path}: {by_sform} by its sform, {by_qform} by its qform. Convert the scan again from DICOM.",
+            )
     unit = header.get_xyzt_units()[0]
     if unit not in ("mm", "unknown"):
         raise UnusableScan("spacing implausible", f"{path}: lengths are in {unit!r}; expected mm. Repair the header.")

@@ -15,14 +15,17 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
 import re
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +281,7 @@ def _each(
     # MONAI takes seconds to import: the fork server does so once, and its children are copies of it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "monai.transforms"])
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker) as pool:
         futures = [pool.submit(work, source) for source in sources]
         try:
             for future in as_completed(futures):
@@ -291,11 +294,20 @@ def _each(
             pool.shutdown(cancel_futures=True)
 
 
-def _one_thread() -> None:
-    """Scans run side by side already; threads within one would only fight for the same cores."""
+def _start_worker() -> None:
+    """Take one thread, since scans run side by side already, and end with the run, were it killed."""
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=_exit_after_parent, daemon=True).start()
+
+
+def _exit_after_parent() -> None:
+    """A worker whose run was killed would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _check_sources(sources: Sequence[ScanSource]) -> None:

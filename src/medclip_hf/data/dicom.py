@@ -6,6 +6,7 @@ Only the elements that place and scale the pixels are read; names, dates and num
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ _HOUNSFIELD_TYPES = ("", "HU", "HU_MOD", "US")
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 _HEADER_ELEMENTS = [
+    "SOPClassUID",
     "SOPInstanceUID",
     "SeriesInstanceUID",
     "Modality",
@@ -106,27 +108,44 @@ def read_series(path: Path, series_uid: str | None = None, orientation: str = "L
 
 
 def _headers(path: Path) -> Iterator[tuple[Path, Dataset]]:
+    """Every DICOM file with the elements that matter; directories (DICOMDIR) and other files are passed over."""
     from pydicom import dcmread
     from pydicom.errors import InvalidDicomError
+    from pydicom.uid import MediaStorageDirectoryStorage
 
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     for file in files:
         try:
-            yield file, dcmread(file, stop_before_pixels=True, specific_tags=_HEADER_ELEMENTS)
-        except (InvalidDicomError, EOFError) as error:
+            header = dcmread(file, stop_before_pixels=True, specific_tags=_HEADER_ELEMENTS)
+        except InvalidDicomError as error:
             if path.is_file():
                 raise UnusableScan("not DICOM", f"{file}: {error}") from error
             logger.debug("%s is not DICOM and is left out", file)
+            continue
+        except (AttributeError, EOFError, KeyError, NotImplementedError, OSError, ValueError, struct.error) as error:
+            raise _unreadable(file, error) from error
+        if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+            continue
+        if "Modality" not in header or "SOPClassUID" not in header:
+            raise _unreadable(file, "its header breaks off")
+        yield file, header
+
+
+def _unreadable(file: Path, error: object) -> UnusableScan:
+    return UnusableScan("unreadable DICOM", f"{file}: {error}. Is it truncated? Copy it again.")
 
 
 def _ct_series(path: Path) -> dict[str, list[_Frame]]:
+    from pydicom.uid import CTImageStorage
+
     series: dict[str, list[_Frame]] = {}
     other: set[str] = set()
     for file, header in _headers(path):
-        if header.get("Modality") != "CT":
-            other.add(str(header.get("Modality", "unknown")))
-        elif "LOCALIZER" in header.get("ImageType", []) or not _has_geometry(header):
-            other.add("CT localizer or sheet")
+        is_sheet = "ImagePositionPatient" not in header and "PerFrameFunctionalGroupsSequence" not in header
+        if header.Modality != "CT":
+            other.add(str(header.Modality))
+        elif "LOCALIZER" in header.get("ImageType", []) or (is_sheet and header.SOPClassUID != CTImageStorage):
+            other.add("CT localizers or sheets")
         else:
             series.setdefault(str(header.get("SeriesInstanceUID", "")), []).extend(_frames(file, header))
     if not series:
@@ -136,10 +155,6 @@ def _ct_series(path: Path) -> dict[str, list[_Frame]]:
             "Name the folder of an axial CT series.",
         )
     return series
-
-
-def _has_geometry(header: Dataset) -> bool:
-    return "ImagePositionPatient" in header or "PerFrameFunctionalGroupsSequence" in header
 
 
 def _frames(file: Path, header: Dataset) -> list[_Frame]:

@@ -273,6 +273,36 @@ def check_hounsfield(values: NDArray[Any], source: str) -> None:
         )
 
 
+def check_slices(values: NDArray[Any], source: str) -> None:
+    """Refuse a volume in which a slice is repeated: two slices with noise are never equal by chance.
+
+    Constant slices (padding) and drawn ones (without noise) may repeat.
+
+    Args:
+        values: (D, H, W).
+        source: the file or folder, for messages.
+
+    Raises:
+        UnusableScan: naming the first place.
+    """
+    coarse = values[:, ::8, ::8]
+    repeated = [
+        int(slice_)
+        for slice_ in np.flatnonzero((coarse[1:] == coarse[:-1]).all(axis=(1, 2)))
+        if _is_noisy(values[slice_]) and np.array_equal(values[slice_], values[slice_ + 1])
+    ]
+    if repeated:
+        raise UnusableScan(
+            "repeated slices",
+            f"{source}: {len(repeated)} slices equal the one before, first number {repeated[0] + 1} from the feet. "
+            "Convert the scan again from DICOM.",
+        )
+
+
+def _is_noisy(image: NDArray[Any]) -> bool:
+    return float((image[:, 1:] != image[:, :-1]).mean()) > 0.2
+
+
 def resampled_size(
     shape_dhw: tuple[int, ...], spacing_mm_dhw: tuple[float, ...], target_mm_dhw: tuple[float, ...]
 ) -> tuple[int, int, int]:
