@@ -41,7 +41,7 @@ def measure(variants: Variants, make_inputs: Callable[[int], Inputs], arguments:
     torch.set_num_threads(arguments.threads)
     if arguments.peak_of:
         inputs = make_inputs(arguments.images)
-        print(json.dumps(_peak_bytes(variants[arguments.peak_of], inputs, make_inputs(1))))
+        print(json.dumps(_peak_bytes(variants[arguments.peak_of], inputs, make_inputs(4))))
         return
     print(f"{_machine()}, {arguments.threads} threads, float32, median of {arguments.repeats} repeats\n")
     peaks = {name: _peak_in_own_process(name) for name in variants}

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 # On a CPU a chunk of similarities should stay in cache, yet be so large that threads seldom wait for each other between
 # chunks; on an accelerator it should be worth its kernel launches.
-CPU_CHUNK_BYTES = 5 * 2**20
+CPU_CHUNK_BYTES = 4 * 2**20
 ACCELERATOR_CHUNK_BYTES = 128 * 2**20
 
 
