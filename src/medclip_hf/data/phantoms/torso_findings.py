@@ -109,17 +109,17 @@ def _place_in_lung(rng: np.random.Generator, name: str, size_mm: float, depth: f
 
 
 def _place_nodules(rng: np.random.Generator, name: str) -> tuple[Lesion, ...]:
-    return tuple(_place_in_lung(rng, name, rng.uniform(17, 29), 0.25) for _ in range(int(rng.integers(1, 4))))
+    return tuple(_place_in_lung(rng, name, rng.uniform(21, 30), 0.2) for _ in range(int(rng.integers(2, 6))))
 
 
 def _place_consolidation(rng: np.random.Generator, name: str) -> tuple[Lesion, ...]:
-    return (_place_in_lung(rng, name, rng.uniform(58, 84), 0.22),)
+    return (_place_in_lung(rng, name, rng.uniform(74, 104), 0.22),)
 
 
 def _place_opacities(rng: np.random.Generator, name: str) -> tuple[Lesion, ...]:
     first = 1 if rng.random() < 0.5 else -1
-    sides = [first * (-1) ** i for i in range(int(rng.integers(2, 5)))]
-    return tuple(_place_in_lung(rng, name, rng.uniform(55, 85), 0.2, side) for side in sides)
+    sides = [first * (-1) ** i for i in range(int(rng.integers(3, 7)))]
+    return tuple(_place_in_lung(rng, name, rng.uniform(66, 96), 0.2, side) for side in sides)
 
 
 def _place_atelectasis(rng: np.random.Generator, name: str) -> tuple[Lesion, ...]:
@@ -233,8 +233,8 @@ def _draw_atelectasis(canvas: Canvas, lesion: Lesion, mask: Mask, heart: Heart, 
     dz, dy, dx = canvas.offsets(box, centre)
     height = dz * normal[0] + dy * normal[1] + dx * normal[2]
     flat = np.sqrt(np.maximum(dz**2 + dy**2 + dx**2 - height**2, 0))
-    for offset in (-14.0, 3.0, 19.0)[: int(rng.integers(2, 4))]:
-        depth = np.minimum(rng.uniform(3.2, 4.6) - np.abs(height - offset), rng.uniform(32, 45) - flat)
+    for offset in (-15.0, 4.0, 22.0):
+        depth = np.minimum(rng.uniform(4.0, 5.5) - np.abs(height - offset), rng.uniform(36, 46) - flat)
         canvas.blend(box, np.clip(depth / 3 + 0.5, 0, 1), 15.0, within=lung, mask=mask)
 
 
@@ -291,14 +291,14 @@ def _draw_coronary_calcification(canvas: Canvas, lesion: Lesion, mask: Mask, hea
     towards_front: NDArray[np.float64] = np.cross(heart.axis_zyx, np.array((0.0, 0.0, 1.0)))
     towards_front *= (1 if towards_front[1] < 0 else -1) / np.linalg.norm(towards_front)
     beside = np.cross(heart.axis_zyx, towards_front)
-    for turn in (0.1, 1.3, -1.2)[: int(rng.integers(2, 4))]:  # anterior, circumflex, right
+    for turn in (0.1, 1.3, -1.2):  # anterior, circumflex, right
         turn = turn + rng.uniform(-0.15, 0.15)
         across = np.cos(turn) * towards_front + np.sin(turn) * beside
-        for angle in rng.uniform(0.55, 1.9, size=5):  # from the base of the heart towards its apex
+        for angle in rng.uniform(0.55, 1.9, size=7):  # from the base of the heart towards its apex
             along = -np.cos(angle) * heart.radii_mm[0] * heart.axis_zyx
             point = heart.centre_zyx + along + np.sin(angle) * (heart.radii_mm[1] + 1) * across
-            radius = float(rng.uniform(3.4, 5.0))
-            canvas.blob(point, (1.5 * radius, radius, radius), float(rng.uniform(600, 1000)), mask=mask)
+            radius = float(rng.uniform(4.5, 6.5))
+            canvas.blob(point, (1.5 * radius, radius, radius), float(rng.uniform(800, 1300)), mask=mask)
 
 
 def _draw_hernia(canvas: Canvas, lesion: Lesion, mask: Mask, heart: Heart, aorta: Course) -> None:
@@ -316,7 +316,7 @@ def _draw_hernia(canvas: Canvas, lesion: Lesion, mask: Mask, heart: Heart, aorta
 
 def _draw_wall_calcification(canvas: Canvas, lesion: Lesion, mask: Mask, heart: Heart, aorta: Course) -> None:
     rng = np.random.default_rng(lesion.texture)
-    for _ in range(int(rng.integers(9, 15))):
+    for _ in range(int(rng.integers(14, 21))):
         i = int(rng.integers(2, len(aorta) - 2))
         share = rng.uniform()
         (start, start_radius), (end, end_radius) = aorta[i], aorta[i + 1]
@@ -325,7 +325,7 @@ def _draw_wall_calcification(canvas: Canvas, lesion: Lesion, mask: Mask, heart: 
         outward = np.cross(last - first, rng.normal(size=3))
         centre = first + share * (last - first) + outward / np.linalg.norm(outward) * radius
         _draw_plaque(
-            canvas, centre, first, last, radius, float(rng.uniform(7, 12)), float(rng.uniform(650, 1100)), mask
+            canvas, centre, first, last, radius, float(rng.uniform(9, 14)), float(rng.uniform(650, 1100)), mask
         )
 
 
@@ -344,7 +344,7 @@ def _draw_plaque(
     depth = canvas.depth_in_segment(box, first, last, vessel_radius, vessel_radius)
     dz, dy, dx = canvas.offsets(box, centre)
     near = plaque_radius - np.sqrt(dz**2 + dy**2 + dx**2)
-    coverage = np.clip(np.minimum(2.2 - np.abs(depth), near) / 3 + 0.5, 0, 1)
+    coverage = np.clip(np.minimum(3.0 - np.abs(depth), near) / 3 + 0.5, 0, 1)
     canvas.blend(box, coverage.astype(np.float32), hu, mask=mask)
 
 
