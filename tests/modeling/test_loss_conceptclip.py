@@ -459,3 +459,18 @@ def test_both_losses_compile_without_a_graph_break():
     compiled = torch.compile(loss_of, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*inputs), loss_of(*inputs))
     assert_all_close(gradients(compiled(*inputs), *inputs), gradients(loss_of(*inputs), *inputs))
+
+
+def test_padding_among_the_concepts_counts_for_nothing():
+    generator = torch.Generator().manual_seed(0)
+    patches = F.normalize(torch.randn(3, 5, 8, generator=generator), dim=-1)
+    concepts = F.normalize(torch.randn(4, 8, generator=generator), dim=-1)
+    owners, ids = torch.tensor([0, 0, 2, 1]), torch.tensor([7, 8, 7, 9])
+    scale, bias = torch.tensor([5.0]), torch.tensor([-1.0])
+    is_padding = torch.tensor([False, True, False, True])
+    padded = patch_concept_alignment_loss(
+        patches, concepts, owners.masked_fill(is_padding, -1), scale, bias, concept_ids=ids
+    )
+    kept = ~is_padding
+    expected = patch_concept_alignment_loss(patches, concepts[kept], owners[kept], scale, bias, concept_ids=ids[kept])
+    torch.testing.assert_close(padded, expected)

@@ -387,6 +387,11 @@ def test_the_first_stage_compiles_with_its_loss(batch):
     torch.testing.assert_close(compiled(**batch, return_loss=True).loss, model(**batch, return_loss=True).loss)
 
 
+def test_the_second_stage_compiles_with_its_loss(model, batch):
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**batch, return_loss=True).loss, model(**batch, return_loss=True).loss)
+
+
 def test_it_exports(model, batch):
     with torch.no_grad():
         program = torch.export.export(model, args=(), kwargs=batch, strict=False)

@@ -129,8 +129,9 @@ def patch_concept_alignment_loss(
 
     Args:
         patch_embeds (b, P, D): L2-normalised; the images of this process.
-        concept_embeds (N, D): L2-normalised; the concepts of all processes, only those that have a vector.
-        concept_to_image (N,): global index of the image each concept belongs to.
+        concept_embeds (N, D): L2-normalised; the concepts of all processes.
+        concept_to_image (N,): global index of the image each concept belongs to; -1 where a row is padding, which
+            counts for nothing.
         logit_scale (1,): s, already exponentiated.
         logit_bias (1,): b.
         first_image_index: place of `patch_embeds[0]` among the global images.
@@ -148,11 +149,12 @@ def patch_concept_alignment_loss(
     images = torch.arange(first_image_index, first_image_index + num_images, device=concept_to_image.device)
     is_own = images.unsqueeze(1) == concept_to_image
     logits = logit_scale.to(similarity.dtype) * similarity + logit_bias.to(similarity.dtype)
-    losses = F.softplus(torch.where(is_own, -logits, logits))
+    is_concept = concept_to_image >= 0
+    losses = F.softplus(torch.where(is_own, -logits, logits)).masked_fill(~is_concept, 0.0)
     if concept_ids is not None:
         is_named = _named_in_caption(concept_ids, concept_to_image - first_image_index, num_images)
         losses = losses.masked_fill(is_named & ~is_own, 0.0)
-    return losses.sum() / max(len(concept_embeds), 1)
+    return losses.sum() / is_concept.sum().clamp(min=1)
 
 
 def best_patch_similarity(patch_embeds: Tensor, concept_embeds: Tensor) -> tuple[Tensor, Tensor]:

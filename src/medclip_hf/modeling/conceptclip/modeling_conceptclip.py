@@ -489,13 +489,16 @@ class ConceptCLIPModel(PreTrainedModel):
                 f"concept_ids should be {tuple(concept_mask.shape)} as concept_token_spans tells, "
                 f"got {tuple(concept_ids.shape)}."
             )
+        # Padding stays in, marked by -1: dropping it would make the shapes depend on the data and wait for the device.
+        images = torch.arange(len(concept_mask), device=concept_mask.device).unsqueeze(1)
+        concept_to_image = torch.where(concept_mask, images, -1)
         patch_concept_loss = patch_concept_alignment_loss(
             patch_embeds,
-            concept_embeds[concept_mask],
-            concept_mask.nonzero()[:, 0],
+            concept_embeds.flatten(0, 1),
+            concept_to_image.flatten(),
             self.concept_logit_scale.exp(),
             self.concept_logit_bias,
-            concept_ids=None if concept_ids is None else concept_ids[concept_mask],
+            concept_ids=None if concept_ids is None else concept_ids.flatten(),
         )
         return {
             "loss": image_text_loss + self.config.patch_concept_loss_weight * patch_concept_loss,
