@@ -129,7 +129,11 @@ def read_volume(
         raise ValueError(f"{path}: rescale and affine are for NIfTI files whose headers lack them; this is none")
     if path.suffix.lower() == ".npz":
         return read_rad_chestct(path, orientation=orientation)
-    if is_dicom(path):
+    try:
+        has_slices = is_dicom(path)
+    except OSError as error:
+        raise UnusableScan("file unreadable", f"{path}: {error}") from error
+    if has_slices:
         return read_series(path, series_uid, orientation)
     raise UnusableScan(
         "unknown file format", f"{path}: expected NIfTI (.nii, .nii.gz), DICOM (a folder or a file) or .npz"
