@@ -209,7 +209,7 @@ class _Run:
         self.record = RunRecord(
             self.output_dir, self.accelerator, {"arguments": asdict(self.arguments), "recipe": recipe}
         )
-        self.record.start(self.step)
+        self.record.start(self.step, is_resumed=resume is not False)
         if self.arguments.trackers:
             # TensorBoard forgets what an earlier start logged beyond the step we resume from
             self.accelerator.init_trackers(

@@ -45,13 +45,13 @@ class RunRecord:
             "machine": describe_machine(accelerator),
         }
 
-    def start(self, step: int) -> None:
+    def start(self, step: int, is_resumed: bool = False) -> None:
         """Open the files; what an earlier start logged after `step` is removed, since it will be done again."""
         self.set_aside_path.parent.mkdir(parents=True, exist_ok=True)
         _keep_lines_until(self.set_aside_path, step)
         if self.is_main:
             _keep_lines_until(self.metrics_path, step)
-            starts = _earlier_starts(self.run_path) if step else []
+            starts = _earlier_starts(self.run_path) if is_resumed else []
             self.content["starts"] = [*starts, {"from_step": step, "started": _now()}]
             self.set_status("running", step)
 
