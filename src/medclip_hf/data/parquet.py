@@ -48,15 +48,26 @@ FIGURE_FEATURES = Features(
         "figure_id": Value("string"),
         "license": Value("string"),
         "modality": Value("string"),
+        "panel": Value("string"),
+        "is_compound": Value("bool"),
+        "cited_in": List(Value("string")),
     }
 )
 
 _CONCEPT_LEAVES = [f"concepts.list.element.{field.name}" for field in fields(ConceptMention)]
 # Encoded images do not shrink; a dictionary of values that are all distinct only costs.
+_TEXT_COLUMNS = ["row_id", "caption", "pmcid", "pmid", "figure_id", "license", "modality", "panel"]
 _COMPRESSION = dict.fromkeys(
-    ["row_id", "image.path", "caption", *_CONCEPT_LEAVES, "pmcid", "pmid", "figure_id", "license", "modality"], "ZSTD"
+    [*_TEXT_COLUMNS, "image.path", *_CONCEPT_LEAVES, "is_compound", "cited_in.list.element"], "ZSTD"
 ) | {"image.bytes": "NONE"}
-_DICTIONARY_COLUMNS = ["license", "modality", "concepts.list.element.cui", "concepts.list.element.semantic_type"]
+_DICTIONARY_COLUMNS = [
+    "license",
+    "modality",
+    "panel",
+    "cited_in.list.element",
+    "concepts.list.element.cui",
+    "concepts.list.element.semantic_type",
+]
 
 
 def shard_path(folder: Path, split: str, number: int) -> Path:
@@ -251,7 +262,9 @@ def record_to_row(record: dict[str, Any]) -> FigureRow:
         concepts=tuple(ConceptMention(**concept) for concept in record["concepts"] or ()),
         image_path=path if content is None else None,
         image_bytes=content,
-        **{name: record.get(name) or "" for name in ("pmcid", "pmid", "figure_id", "license", "modality")},
+        **{name: record.get(name) or "" for name in ("pmcid", "pmid", "figure_id", "license", "modality", "panel")},
+        is_compound=bool(record.get("is_compound")),
+        cited_in=tuple(record.get("cited_in") or ()),
     )
 
 

@@ -36,6 +36,9 @@ class FigureRow:
     figure_id: str = ""
     license: str = ""
     modality: str = ""
+    panel: str = ""  # letter of the panel, where a compound figure was taken apart
+    is_compound: bool = False  # several panels in one picture that could not be told apart
+    cited_in: tuple[str, ...] = ()  # titles of the sections that cite the figure
 
 
 @dataclass(frozen=True)
