@@ -1,7 +1,7 @@
 """fVLM: configuration, network and losses."""
 
-from medclip_hf.modeling.fvlm.configuration_fvlm import FVLMConfig, FVLMVisionConfig
-from medclip_hf.modeling.fvlm.modeling_fvlm import (
+from .configuration_fvlm import FVLMConfig, FVLMVisionConfig
+from .modeling_fvlm import (
     FVLMAnatomyOutput,
     FVLMModel,
     FVLMOutput,
