@@ -29,7 +29,7 @@ def test_a_signal_ends_the_run_after_the_step_and_resuming_is_exact(tiny, start_
     arguments = ARGUMENTS | {"output_dir": str(folder), "num_workers": num_workers}
     run = start_tiny(arguments, "--step_seconds", "0.1")
     run.wait_until(has_steps(folder))
-    run.processes[0].send_signal(number)
+    run.send_signal(0, number)
     codes, errors = run.wait()
     assert codes == [128 + number], errors
     record = json.loads((folder / "run.json").read_text())
@@ -45,7 +45,7 @@ def test_a_signal_ends_the_run_after_the_step_and_resuming_is_exact(tiny, start_
 def test_one_signalled_process_stops_all_of_them_after_the_same_step(start_tiny, tmp_path):
     run = start_tiny(ARGUMENTS | {"output_dir": str(tmp_path)}, "--step_seconds", "0.1", num_processes=2)
     run.wait_until(has_steps(tmp_path))
-    run.processes[1].send_signal(signal.SIGTERM)
+    run.send_signal(1, signal.SIGTERM)
     codes, errors = run.wait()
     assert codes == [143, 143], errors
     record = json.loads((tmp_path / "run.json").read_text())
