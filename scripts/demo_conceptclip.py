@@ -142,7 +142,7 @@ def train_all(folder: Path, plan: Plan) -> None:
     wait_for(start_training(folder, STAGE_1, "conceptclip_demo_stage1.yaml", steps_1, min(2, num_cores)))
     source = f"model.from_pretrained={folder / STAGE_1 / 'final'}"
     steps_2 = [source, f"training.max_steps={plan.stage2_steps}"]
-    alone = ["loss.use_patch_concept_alignment=false", "training.progress_bar=false"]
+    alone = ["loss.use_patch_concept_alignment=false"]
     stage_2 = start_training(folder, STAGE_2, "conceptclip_demo_stage2.yaml", steps_2, 1)
     comparison = start_training(folder, IT_ALIGN_ALONE, "conceptclip_demo_stage2.yaml", steps_2 + alone, 1)
     wait_for(stage_2, comparison)
@@ -152,7 +152,13 @@ def start_training(
     folder: Path, name: str, recipe: str, overrides: list[str], num_threads: int
 ) -> subprocess.Popen[bytes]:
     """A running `accelerate launch` of the training script."""
-    overrides = [f"data.folder={folder / 'phantoms'}", f"training.output_dir={folder / name}", *overrides]
+    shows_progress = sys.stderr.isatty() and name != IT_ALIGN_ALONE  # which runs beside another bar
+    overrides = [
+        f"data.folder={folder / 'phantoms'}",
+        f"training.output_dir={folder / name}",
+        f"training.progress_bar={str(shows_progress).lower()}",
+        *overrides,
+    ]
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(SCRIPTS / "launch" / "one_cpu.yaml")]
     command += ["--num_cpu_threads_per_process", str(num_threads)]

@@ -199,8 +199,9 @@ def _window(centre: float, reach: float, size: int) -> slice:
 
 
 def _png(pixels: NDArray[Any]) -> bytes:
+    """Stored, not compressed: noise shrinks little, and training decodes every picture many times."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=0)
     return buffer.getvalue()
 
 
