@@ -18,7 +18,11 @@ from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, Siglip
 
 from medclip_hf.data.parquet import write_figure_rows
 from medclip_hf.data.records import ConceptMention, FigureRow
+from medclip_hf.training.arguments import build_sections, read_recipe
+from medclip_hf.training.conceptclip_start import ModelSection, build_conceptclip, load_for_stage
 from medclip_hf.training.tokenizers import train_wordpiece_tokenizer
+
+STAGE_2 = {"use_patch_concept_alignment": True, "patch_concept_loss_weight": 0.5}
 
 SHRUNK = {
     "data.max_length": 24,
@@ -121,9 +125,7 @@ def test_stage_2_starts_from_stage_1_and_names_what_is_fresh(script, tiny_recipe
     path = tmp_path / "stage_2.yaml"
     path.write_text(yaml.safe_dump(recipe))
     values = {"training__output_dir": tmp_path / "run", "data__folder": figures, "training__max_steps": 1}
-    model, _ = script.build_model_and_processor(
-        script.ModelSection(from_pretrained=str(stage_1 / "final")), script.LossSection(), script.DataSection("unused")
-    )
+    model, _ = build_conceptclip(ModelSection(from_pretrained=str(stage_1 / "final")), STAGE_2, (), 24)
     first = AutoModel.from_pretrained(stage_1 / "final")
     assert torch.equal(model.text_projection.weight, first.text_projection.weight)
     assert "patch_projection.fc1.weight" in caplog.text
@@ -137,13 +139,13 @@ def test_a_folder_that_lacks_weights_is_refused(script, stage_1, tmp_path):
     del weights["text_projection.weight"]
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"missing \['text_projection.weight'\]"):
-        script.load_for_stage(str(broken), {"use_patch_concept_alignment": True})
+        load_for_stage(str(broken), {"use_patch_concept_alignment": True})
 
 
 def test_a_stage_2_model_is_no_start_for_stage_1(script, stage_1, tmp_path):
-    script.load_for_stage(str(stage_1 / "final"), {"use_patch_concept_alignment": True}).save_pretrained(tmp_path)
+    load_for_stage(str(stage_1 / "final"), {"use_patch_concept_alignment": True}).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"without a place \['concept_logit_bias'"):
-        script.load_for_stage(str(tmp_path), {"use_patch_concept_alignment": False})
+        load_for_stage(str(tmp_path), {"use_patch_concept_alignment": False})
 
 
 def test_two_towers_are_put_together_with_the_values_asked_for(script, tmp_path):
@@ -151,12 +153,12 @@ def test_two_towers_are_put_together_with_the_values_asked_for(script, tmp_path)
     SiglipVisionModel(SiglipVisionConfig(**small, image_size=32, patch_size=16)).save_pretrained(tmp_path / "vision")
     BertModel(BertConfig(**small, vocab_size=100)).save_pretrained(tmp_path / "text")
     train_wordpiece_tokenizer(["some words of a caption"] * 3, 100).save_pretrained(tmp_path / "text")
-    section = script.ModelSection(
+    section = ModelSection(
         vision_tower=str(tmp_path / "vision"),
         text_tower=str(tmp_path / "text"),
         config={"vision_config": {"hidden_act": "gelu"}},
     )
-    model, processor = script.build_model_and_processor(section, script.LossSection(), script.DataSection("unused"))
+    model, processor = build_conceptclip(section, STAGE_2, (), 77)
     tower = SiglipVisionModel.from_pretrained(tmp_path / "vision")
     assert torch.equal(
         model.vision_model.state_dict()["post_layernorm.weight"], tower.state_dict()["post_layernorm.weight"]
@@ -193,8 +195,8 @@ def test_every_launch_file_is_accepted_key_by_key(repository, name):
 
 @pytest.mark.parametrize("name", ["conceptclip_stage1", "conceptclip_stage2", "conceptclip_tiny"])
 def test_every_recipe_is_accepted_key_by_key(script, repository, name):
-    recipe = script.read_recipe(repository / "scripts" / "recipes" / f"{name}.yaml")
-    script.build_sections(recipe, script.SECTIONS)
+    recipe = read_recipe(repository / "scripts" / "recipes" / f"{name}.yaml")
+    build_sections(recipe, script.SECTIONS)
 
 
 def test_an_unknown_key_is_named(script, tiny_recipe, capsys):
@@ -217,12 +219,12 @@ def test_missing_data_are_named(script, tiny_recipe, tmp_path, capsys):
 )
 def test_a_model_section_names_one_source(script, section, complaint):
     with pytest.raises(ValueError, match=complaint):
-        script.ModelSection(**section)
+        ModelSection(**section)
 
 
 def test_a_folder_without_a_model_is_named(script, tmp_path):
     with pytest.raises(ValueError, match="no folder of a saved model"):
-        script.load_for_stage(str(tmp_path), {})
+        load_for_stage(str(tmp_path), {})
 
 
 def test_captions_longer_than_the_text_tower_are_refused(script, tiny_recipe, figures, capsys):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
 from medclip_hf.data.images import MAX_PIXELS, UnreadableImage, decode_image, open_image, path_inside, read_file
@@ -117,6 +119,13 @@ class FigureDataset:
             return _crop_and_resize(image, None, self.size_hw, name)
         box = random_crop_box(_upright_size(image), self.crop_scale, self.crop_ratio, generator)
         return _crop_and_resize(image, box, self.size_hw, name)
+
+
+def read_captions(folder: str | os.PathLike[str], split: str) -> Iterator[str]:
+    """The captions of a split, one after the other, without the images."""
+    for shard in find_shards(Path(folder), split):
+        for rows in pq.ParquetFile(shard).iter_batches(columns=["caption"]):
+            yield from (caption for caption in rows.column(0).to_pylist() if caption)
 
 
 def random_crop_box(
