@@ -385,12 +385,26 @@ def test_hidden_states_and_attentions_come_on_request(inputs, tmp_path, model):
     assert outputs.vision_model_output.anatomy_attentions.shape == (3, 4, 4, 3, NUM_PATCHES)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pooling_num_attention_heads": 5}, "multiple of pooling_num_attention_heads 5"),
+        ({"vision_config": {"num_attention_heads": 7}}, "multiple of num_attention_heads 7"),
+    ],
+)
+def test_heads_that_do_not_divide_the_width_are_refused(changes, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        FVLMModel(FVLMConfig(**changes))
+
+
 def test_a_tuple_holds_what_the_output_holds(model, inputs):
     outputs = model(**inputs)
+    assert outputs.anatomy_present.dtype == torch.bool
     as_tuple = model(**inputs, return_dict=False)
     assert isinstance(as_tuple, tuple)
     for one, two in zip(as_tuple, outputs.to_tuple(), strict=True):
         if isinstance(one, torch.Tensor):
+            assert one.dtype != torch.bool  # transformers' own checks subtract what tuples hold
             assert torch.equal(one, two)
     assert isinstance(model.get_text_features(inputs["input_ids"], return_dict=False), tuple)
 
@@ -552,11 +566,9 @@ def test_bad_input_is_refused_with_what_to_do(model, inputs, changes, message):
         (FVLMConfig, {"anatomies": []}, "1 to 61 names"),
         (FVLMConfig, {"anatomies": ["lung", "lung"]}, "distinct names"),
         (FVLMConfig, {"feature_layers": (12,)}, "12 blocks"),
-        (FVLMConfig, {"pooling_num_attention_heads": 5}, "multiple"),
         (FVLMConfig, {"projection_dim": "256"}, "projection_dim"),
         (FVLMVisionConfig, {"image_size_dhw": (112, 256)}, "three numbers"),
         (FVLMVisionConfig, {"image_size_dhw": (112, 256, 350)}, "multiple of patch_size_dhw"),
-        (FVLMVisionConfig, {"num_attention_heads": 7}, "multiple"),
     ],
 )
 def test_a_config_that_cannot_work_is_refused(kind, values, message):

@@ -61,10 +61,6 @@ class FVLMVisionConfig(PreTrainedConfig):
             raise ValueError(
                 f"image_size_dhw {self.image_size_dhw} must be a multiple of patch_size_dhw {self.patch_size_dhw}."
             )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}."
-            )
 
     @property
     def grid_size_dhw(self) -> tuple[int, int, int]:
@@ -118,7 +114,7 @@ class FVLMConfig(PreTrainedConfig):
         self.feature_layers = tuple(self.feature_layers)
         super().__post_init__(**kwargs)
         self._check_anatomies()
-        self._check_pooling()
+        self._check_feature_layers()
 
     @property
     def num_anatomies(self) -> int:
@@ -131,18 +127,13 @@ class FVLMConfig(PreTrainedConfig):
         if len(set(self.anatomies)) < len(self.anatomies) or not all(name.strip() for name in self.anatomies):
             raise ValueError(f"anatomies must be distinct names that are not empty, but {self.anatomies} came.")
 
-    def _check_pooling(self) -> None:
+    def _check_feature_layers(self) -> None:
         vision_config: Any = self.vision_config
         num_layers = vision_config.num_hidden_layers
         if any(not 0 <= layer < num_layers for layer in self.feature_layers):
             raise ValueError(
                 f"feature_layers {self.feature_layers} must be 0-based indices of the {num_layers} blocks of the "
                 "vision tower. Name fewer or other layers for a shallower tower."
-            )
-        if vision_config.hidden_size % self.pooling_num_attention_heads:
-            raise ValueError(
-                f"hidden_size {vision_config.hidden_size} of the vision tower must be a multiple of "
-                f"pooling_num_attention_heads {self.pooling_num_attention_heads}."
             )
 
 

@@ -60,6 +60,10 @@ class FVLMAnatomyOutput(BaseModelOutputWithPooling):
     anatomy_present: Tensor | None = None
     anatomy_attentions: Tensor | None = None
 
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Values that are there, as plain as a tuple's readers expect."""
+        return _plain_values(self)
+
 
 @dataclass
 class FVLMOutput(ModelOutput):
@@ -89,8 +93,14 @@ class FVLMOutput(ModelOutput):
     vision_model_output: FVLMAnatomyOutput | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """Values that are there, nested outputs as tuples."""
-        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+        """Values that are there, as plain as a tuple's readers expect."""
+        return _plain_values(self)
+
+
+def _plain_values(output: ModelOutput) -> tuple[Any, ...]:
+    """Nested outputs as tuples and masks as 0 and 1: whatever reads tuples may do arithmetic on every entry."""
+    values = (value.to_tuple() if isinstance(value, ModelOutput) else value for value in output.values())
+    return tuple(value.long() if isinstance(value, Tensor) and value.dtype == torch.bool else value for value in values)
 
 
 # Anatomy masks ---------------------------------------------------------------------------------------------------
@@ -271,11 +281,17 @@ def eager_attention_forward(
     return torch.matmul(attention_weights, value).transpose(1, 2).contiguous(), attention_weights
 
 
+def _check_heads(hidden_size: int, num_heads: int, name: str) -> None:
+    if hidden_size % num_heads:
+        raise ValueError(f"hidden_size {hidden_size} of the vision tower must be a multiple of {name} {num_heads}.")
+
+
 class FVLMVisionAttention(nn.Module):
     """Self-attention of one block."""
 
     def __init__(self, config: FVLMVisionConfig) -> None:
         super().__init__()
+        _check_heads(config.hidden_size, config.num_attention_heads, "num_attention_heads")
         self.config = config
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
@@ -379,6 +395,7 @@ class FVLMAnatomyPooling(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
         super().__init__()
+        _check_heads(hidden_size, num_heads, "pooling_num_attention_heads")
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
         self.attention_dropout = dropout
