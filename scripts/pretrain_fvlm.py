@@ -23,6 +23,7 @@ from accelerate.utils import set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from medclip_hf import FVLMConfig, FVLMModel, FVLMProcessor
+from medclip_hf.data.anatomy import margin_voxels
 from medclip_hf.data.geometry import GeometryContract
 from medclip_hf.data.records import ScanRow
 from medclip_hf.evaluation.ct_zero_shot import (
@@ -244,6 +245,7 @@ def make_image_processor(config: FVLMConfig, contract: GeometryContract) -> FVLM
         anatomies=config.anatomies,
         size_dhw=config.vision_config.image_size_dhw,
         patch_size_dhw=config.vision_config.patch_size_dhw,
+        crop_margin_dhw=margin_voxels(contract.spacing_mm_dhw),
         **contract.to_dict(),
     )
 

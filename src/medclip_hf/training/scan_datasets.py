@@ -143,9 +143,10 @@ class ScanDataset:
             UnusableScan: it cannot be read.
         """
         path = self.folder / row.store_path
-        scan = read_scan(path)
+        if not self.whole_volume:
+            return read_stored_scan(path, self.anatomies)[1:]
         image, mask = read_crop(path)
-        return image, self._model_mask(scan, mask, (0, 0, 0))
+        return image, np.ones_like(mask)
 
     def captions(self) -> list[str]:
         """The texts of all studies, anatomy by anatomy, equal ones repeated."""
@@ -169,17 +170,14 @@ class ScanDataset:
         scan = read_scan(path)
         start = crop_start(scan.shape_dhw, self.size_dhw, rng if self.random_crop else None)
         image, mask = read_crop(path, start, self.size_dhw)
-        mask = self._model_mask(scan, mask, start)
+        if self.whole_volume:
+            mask = _inside_scan(scan.shape_dhw, start, self.size_dhw)
+        else:
+            mask = _renumbered(mask, scan, self.anatomies)
         if self.random_crop:
             axes = tuple(axis for axis in range(3) if rng.random() < self.flip_probability[axis])
             image, mask = np.flip(image, axes), np.flip(mask, axes)
         return np.ascontiguousarray(image), np.ascontiguousarray(mask)
-
-    def _model_mask(self, scan: StoredScan, mask: NDArray[np.uint8], start_dhw: Size) -> NDArray[np.uint8]:
-        """The mask of a box with the model's ids."""
-        if self.whole_volume:
-            return _inside_scan(scan.shape_dhw, start_dhw, mask.shape)
-        return mask if scan.anatomies == self.anatomies else _new_ids(scan, self.anatomies)[mask]
 
     def _texts(self, row: ScanRow) -> tuple[tuple[str, ...], NDArray[np.bool_]]:
         if self.whole_volume:
@@ -189,6 +187,22 @@ class ScanDataset:
         texts = [by_anatomy.get(name) for name in self.anatomies]
         captions = tuple("" if text is None else anatomy_caption(text) for text in texts)
         return captions, np.array([text is not None and text.is_abnormal for text in texts])
+
+
+def read_stored_scan(path: Path, anatomies: Sequence[str]) -> tuple[StoredScan, NDArray[np.int16], NDArray[np.uint8]]:
+    """What is known of a scan, its whole image in Hounsfield units, and its mask with the ids of a model.
+
+    Args:
+        path: of the scan in the store.
+        anatomies: of the model, in its order.
+
+    Raises:
+        UnusableScan: it cannot be read.
+        ValueError: it was prepared without one of the anatomies.
+    """
+    scan = read_scan(path)
+    image, mask = read_crop(path)
+    return scan, image, _renumbered(mask, scan, anatomies)
 
 
 def report_caption(texts: Sequence[AnatomyText], anatomy: str = "body") -> str:
@@ -218,6 +232,10 @@ def _studies_with_texts(rows: Sequence[ScanRow], folder: Path, split: str) -> li
     return [tuple(sorted(studies[name], key=lambda row: row.scan_id)) for name in sorted(studies)]
 
 
+def _renumbered(mask: NDArray[np.uint8], scan: StoredScan, anatomies: Sequence[str]) -> NDArray[np.uint8]:
+    return mask if scan.anatomies == tuple(anatomies) else _new_ids(scan, anatomies)[mask]
+
+
 def _new_ids(scan: StoredScan, anatomies: Sequence[str]) -> NDArray[np.uint8]:
     """(256,): the id that the model has for each id of a stored mask; 0 for anatomies that it does not know."""
     missing = [name for name in anatomies if name not in scan.anatomies]
@@ -232,7 +250,7 @@ def _new_ids(scan: StoredScan, anatomies: Sequence[str]) -> NDArray[np.uint8]:
     return table
 
 
-def _inside_scan(shape_dhw: Sequence[int], start_dhw: Sequence[int], size_dhw: tuple[int, ...]) -> NDArray[np.uint8]:
+def _inside_scan(shape_dhw: Sequence[int], start_dhw: Sequence[int], size_dhw: Size) -> NDArray[np.uint8]:
     """1 for the voxels of a crop that lie inside the scan, 0 for padding."""
     mask = np.zeros(size_dhw, dtype=np.uint8)
     mask[
