@@ -111,11 +111,11 @@ def test_a_shared_window_grows_to_hold_a_large_anatomy():
     assert plan_windows(mask, 2, "shared", (16, 16, 32)) == [Window((2, 0, 2), (35, 40, 58), (0, 1))]
 
 
-def test_both_protocols_agree_where_every_window_is_the_whole_scan():
+def test_windows_that_coincide_are_embedded_once():
     mask = cuboids((8, 8, 8), [(1, 2)] * 3, [(4, 6)] * 3)
-    published = plan_windows(mask, 2, "published", (8, 8, 8))
-    assert [window.size_dhw for window in published] == [(8, 8, 8)] * 2
-    assert plan_windows(mask, 2, "shared", (8, 8, 8)) == [Window((0, 0, 0), (8, 8, 8), (0, 1))]
+    for protocol in ("published", "shared"):
+        assert plan_windows(mask, 2, protocol, (8, 8, 8)) == [Window((0, 0, 0), (8, 8, 8), (0, 1))]
+    assert len(plan_windows(mask, 2, "published", (4, 4, 4))) == 2
 
 
 def test_a_scan_without_anatomy_has_no_window():
@@ -197,6 +197,15 @@ def test_both_protocols_give_the_same_scores_where_one_window_holds_all(model, t
         for protocol in ("published", "shared")
     ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+def test_an_anatomy_scores_alike_whichever_others_share_its_window(model, tokenizer):
+    findings = embed_findings(model, tokenizer, FINDINGS)
+    volume, mask = scan()
+    together = score_scan(model, volume, mask, findings, window_size_dhw=(8, 12, 12))
+    for anatomy, finding in enumerate(FINDINGS, start=1):
+        alone = score_scan(model, volume, torch.where(mask == anatomy, mask, 0), findings, window_size_dhw=(8, 12, 12))
+        assert alone[finding.name] == pytest.approx(together[finding.name], abs=1e-6)
 
 
 def test_volume_and_mask_of_two_grids_are_refused(model):

@@ -158,6 +158,8 @@ def test_arrays_of_the_wrong_kind_are_refused(image_processor, images, masks, me
     [
         ({"orientation": "RAS"}, "in RAS orientation, but these weights expect LPS"),
         ({"spacing_mm_dhw": (1.0, 1.0, 3.0)}, "Resample the scan"),
+        ({"spacing_mm_dhw": (3.5, 1.0, 1.0)}, "Resample the scan"),
+        ({"spacing_mm_dhw": (float("nan"), 1.0, 1.0)}, "Resample the scan"),
         ({"do_window": False}, r"must lie in \[0, 1\]"),
         ({"do_pad": False}, "no multiple of the patch"),
     ],
@@ -168,8 +170,8 @@ def test_another_geometry_is_refused(image_processor, arguments, message):
 
 
 def test_the_geometry_of_the_contract_is_taken(image_processor):
-    # resampling to whole voxels leaves the spacing a trace above the target
-    assert image_processor(torso(), orientation="LPS", spacing_mm_dhw=(3.02, 1.001, 1.0))["pixel_values"].ndim == 5
+    # 62 mm in 20 slices: resampling to whole voxels leaves the spacing a trace above the target
+    assert image_processor(torso(), orientation="LPS", spacing_mm_dhw=(3.1, 1.001, 1.0))["pixel_values"].ndim == 5
 
 
 @pytest.mark.parametrize("arguments", [{"hu_min": 400}, {"rescale_applied": False}])
@@ -236,6 +238,22 @@ def test_texts_that_fit_nothing_are_refused(processor, arguments, message):
 
 def test_index_texts_follows_the_order_of_the_anatomies():
     assert index_texts([{"a": "x", "b": "y"}, {"b": "x"}], ["b", "a"]) == (["y", "x"], [[0, 1], [1, -1]])
+
+
+def test_a_real_scan_is_taken_and_refused_with_every_rescale_fault(real_data):
+    from medclip_hf.data.ct import load_ct
+
+    folder = real_data / "ct"
+    scan = load_ct(folder / "example_ct.nii.gz", labels_path=folder / "example_seg_fast_force_split.nii.gz")
+    assert scan.anatomy_mask is not None
+    processor = FVLMImageProcessor()
+    volume, mask, spacing = scan.image.values, scan.anatomy_mask.values, scan.image.spacing_mm_dhw
+    inputs = processor(volume, mask, spacing_mm_dhw=spacing, orientation=scan.image.orientation)
+    assert inputs["pixel_values"].shape == inputs["anatomy_mask"][:, None].shape
+    stored = volume.astype(np.int32)
+    for fault in (stored - 1024, stored - 8192, stored + 1024, 2 * stored, (volume + 1150) / 1500):
+        with pytest.raises(ValueError, match=r"[Ss]lope and intercept"):
+            processor(fault, mask)
 
 
 def test_saved_and_loaded_it_gives_the_same(processor, tmp_path):

@@ -3,8 +3,11 @@
 A scan is cut into windows, each window is embedded, and each finding compares its anatomy's embedding with a pair of
 prompts (absent, present). Two protocols cut the windows:
 
-    published   one window for each anatomy, centred on it; four passes of the vision tower a scan
+    published   one window for each anatomy, centred on it; up to four passes of the vision tower a scan
     shared      windows hold as many anatomies as fit whole; mostly one or two passes a scan
+
+The vision tower sees the voxels of a window and not its mask, so published windows that coincide are embedded once, to
+the same numbers. They do wherever the scan, cropped to its anatomies, is no larger than the window.
 """
 
 import csv
@@ -155,7 +158,7 @@ def plan_windows(
     depth, height, width = anatomy_mask.shape
     shape = (depth, height, width)
     if protocol == "published":
-        return [_published_window(box, anatomy, shape, window_size_dhw) for anatomy, box in boxes.items()]
+        return _merged(_published_window(box, anatomy, shape, window_size_dhw) for anatomy, box in boxes.items())
     if protocol == "shared":
         return _shared_windows(boxes, shape, window_size_dhw)
     raise ValueError(f"protocol is 'published' or 'shared', but {protocol!r} came.")
@@ -179,6 +182,15 @@ def _published_window(box: Box, anatomy: int, shape: Size, window_size_dhw: Size
     extents = [last - first for first, last in box]
     centre = [(first + last) // 2 for first, last in box]
     return _window_around(centre, extents, (anatomy,), shape, window_size_dhw)
+
+
+def _merged(windows: Iterable[Window]) -> list[Window]:
+    """Windows of the same voxels as one."""
+    anatomies: dict[tuple[Size, Size], tuple[int, ...]] = {}
+    for window in windows:
+        place = (window.start_dhw, window.size_dhw)
+        anatomies[place] = anatomies.get(place, ()) + window.anatomies
+    return [Window(start, size, members) for (start, size), members in anatomies.items()]
 
 
 def _shared_windows(boxes: dict[int, Box], shape: Size, window_size_dhw: Size) -> list[Window]:

@@ -116,7 +116,7 @@ class FVLMImageProcessor(BaseImageProcessor):
             ValueError: an array is no CT volume in Hounsfield units, a mask does not fit its volume, or spacing or
                 orientation is another. The message names the volume by its place in the list and says what to do.
         """
-        self._check_geometry(spacing_mm_dhw, orientation)
+        self._check_orientation(orientation)
         do_crop = self.do_crop if do_crop is None else do_crop
         do_window = self.do_window if do_window is None else do_window
         do_pad = self.do_pad if do_pad is None else do_pad
@@ -128,6 +128,7 @@ class FVLMImageProcessor(BaseImageProcessor):
         pairs = []
         for index, (volume, mask) in enumerate(zip(volumes, masks, strict=True)):
             self._check_volume(volume, f"images[{index}]", in_hounsfield=do_window)
+            self._check_spacing(spacing_mm_dhw, volume.shape, f"images[{index}]")
             if mask is not None:
                 self._check_mask(mask, volume.shape, f"anatomy_mask[{index}]")
                 if do_crop:
@@ -138,15 +139,22 @@ class FVLMImageProcessor(BaseImageProcessor):
             pairs = [(self._padded(volume), None if mask is None else self._padded(mask)) for volume, mask in pairs]
         return self._batch(pairs, return_tensors)
 
-    def _check_geometry(self, spacing_mm_dhw: Sequence[float] | None, orientation: str | None) -> None:
+    def _check_orientation(self, orientation: str | None) -> None:
         if orientation is not None and orientation != self.orientation:
             raise ValueError(
                 f"The volume is in {orientation} orientation, but these weights expect {self.orientation}. Reorient "
                 "the scan on reading; flipped organs are scored without any sign of error."
             )
-        if spacing_mm_dhw is not None and not np.allclose(spacing_mm_dhw, self.spacing_mm_dhw, rtol=0.02, atol=0):
+
+    def _check_spacing(self, spacing_mm_dhw: Sequence[float] | None, shape: tuple[int, ...], name: str) -> None:
+        """Refuse another spacing; resampling to whole voxels may leave less than one voxel over the whole length."""
+        if spacing_mm_dhw is None:
+            return
+        wanted = np.asarray(self.spacing_mm_dhw)
+        excess_voxels = np.abs(np.asarray(spacing_mm_dhw, dtype=np.float64) - wanted) * np.asarray(shape) / wanted
+        if excess_voxels.shape != (3,) or not (excess_voxels <= 1).all():
             raise ValueError(
-                f"The volume has voxels of {tuple(spacing_mm_dhw)} mm (depth, height, width), but these weights expect "
+                f"{name} has voxels of {tuple(spacing_mm_dhw)} mm (depth, height, width), but these weights expect "
                 f"{tuple(self.spacing_mm_dhw)}. Resample the scan on reading."
             )
 
