@@ -1,14 +1,20 @@
 """Figures of articles as rows: from folders, tarballs and buckets; what is not wanted or not safe is dropped."""
 
+import gzip
+import hashlib
 import io
 import json
 import os
 import shutil
+import sys
+import tarfile
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
 
+from medclip_hf.data.article_bucket import BucketStore, RetryRules
 from medclip_hf.data.article_stores import ArticleRef, Graphics
 from medclip_hf.data.images import UnreadableImage
 from medclip_hf.data.pmc import ArticleSource, open_store
@@ -201,3 +207,239 @@ def test_references_survive_a_journey_through_json(folder):
     items = list(folder_source(folder).list_items())
     assert json.loads(json.dumps(items)) == items
     assert ArticleRef(**items[0]).pmcid == "PMC9000001"
+
+
+# --- tarballs -------------------------------------------------------------------------------------------------------
+
+
+def write_tarball(path, files, special=()):
+    """A gzipped tarball of `files` (name -> bytes) and members that are no files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as tarball:
+        for member in special:
+            tarball.addfile(member)
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tarball.addfile(member, io.BytesIO(content))
+
+
+def special(name, kind, target=""):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+ARTICLE = (ARTICLES / "PMC9000001.1.xml").read_bytes()
+
+
+def tarball_source(folder):
+    return ArticleSource(open_store("tarballs", str(folder)))
+
+
+def test_a_tarball_is_read_without_being_unpacked(tmp_path):
+    files = {"PMC9000001/a.nxml": ARTICLE, "PMC9000001/drawn-9000001-g002.jpg": picture(), "PMC9000001/s.xml": b"<x/>"}
+    write_tarball(tmp_path / "00/ab/PMC9000001.tar.gz", files)
+    rows, _ = read_all(tarball_source(tmp_path))
+    assert rows["00/ab/PMC9000001/F2"].image_bytes == picture()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["PMC9000001.tar.gz"]
+
+
+def test_links_and_devices_in_a_tarball_are_refused(tmp_path):
+    members = [
+        special("PMC1/drawn-9000001-g001.jpg", tarfile.SYMTYPE, "/etc/passwd"),
+        special("PMC1/drawn-9000001-g002.jpg", tarfile.CHRTYPE),
+        special("PMC1/drawn-9000001-g003.jpg", tarfile.LNKTYPE, "PMC1/a.nxml"),
+    ]
+    write_tarball(tmp_path / "PMC1.tar.gz", {"PMC1/a.nxml": ARTICLE}, members)
+    _, drops = read_all(tarball_source(tmp_path))
+    assert {drops[f"PMC1/F{number}"] for number in (1, 2, 3)} == {"image is a link or a device"}
+
+
+def test_members_that_climb_out_are_never_written(tmp_path):
+    files = {"../../a.nxml": ARTICLE, "/abs/drawn-9000001-g002.jpg": picture()}
+    write_tarball(tmp_path / "inner" / "PMC1.tar.gz", files)
+    rows, _ = read_all(tarball_source(tmp_path / "inner"))
+    assert "PMC1/F2" in rows
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["PMC1.tar.gz"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "tarball broken"),
+        (b"no gzip at all", "tarball broken"),
+        (b"\x1f\x8b\x08\0" + b"\0" * 20, "tarball broken"),
+    ],
+)
+def test_a_broken_tarball_is_dropped(tmp_path, content, reason):
+    (tmp_path / "PMC1.tar.gz").write_bytes(content)
+    assert read_all(tarball_source(tmp_path))[1] == {"PMC1": "tarball broken"}
+
+
+def test_a_cut_tarball_is_dropped(tmp_path):
+    files = {"a.nxml": ARTICLE, "drawn-9000001-g002.jpg": os.urandom(50_000)}
+    write_tarball(tmp_path / "PMC1.tar.gz", files)
+    whole = (tmp_path / "PMC1.tar.gz").read_bytes()
+    (tmp_path / "PMC1.tar.gz").write_bytes(whole[:20_000])
+    assert read_all(tarball_source(tmp_path))[1] == {"PMC1": "tarball broken"}
+
+
+def test_a_tarball_without_article_is_dropped(tmp_path):
+    write_tarball(tmp_path / "PMC1.tar.gz", {"drawn.jpg": picture()})
+    assert read_all(tarball_source(tmp_path))[1] == {"PMC1": "tarball without article"}
+
+
+def test_a_tarball_that_grows_beyond_the_limit_is_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr("medclip_hf.data.article_tarballs.MAX_UNPACKED_BYTES", 2**20)
+    write_tarball(tmp_path / "PMC1.tar.gz", {"a.nxml": ARTICLE, "zeros.bin": bytes(2**22)})
+    assert (tmp_path / "PMC1.tar.gz").stat().st_size < 20_000
+    assert read_all(tarball_source(tmp_path))[1] == {"PMC1": "tarball too large"}
+
+
+# --- the bucket -----------------------------------------------------------------------------------------------------
+
+PATIENCE = RetryRules(attempts=3, first_wait_s=0.001)
+
+
+def write_bucket(root, article_files, metadata=None, day="2026-01-18T01-00Z"):
+    """A copy of the bucket's layout: `article_files` maps ``PMC1.1`` to its files."""
+    keys = []
+    for name, files in article_files.items():
+        (root / name).mkdir(parents=True)
+        (root / "metadata").mkdir(exist_ok=True)
+        for file, content in files.items():
+            (root / name / file).write_bytes(content)
+        urls = [f"s3://pmc-oa-opendata/{name}/{quote(file)}?md5={md5(content)}" for file, content in files.items()]
+        values = {
+            "pmcid": name.partition(".")[0],
+            "pmid": 39000001,
+            "license_code": "CC BY",
+            "is_retracted": False,
+            "xml_url": next(url for url in urls if ".xml?" in url),
+            "media_urls": [url for url in urls if ".xml?" not in url],
+        }
+        (root / "metadata" / f"{name}.json").write_text(json.dumps(values | (metadata or {})))
+        keys.append(f"metadata/{name}.json")
+    write_inventory(root, keys, day)
+
+
+def write_inventory(root, keys, day):
+    place = root / "inventory-reports/pmc-oa-opendata/metadata"
+    (place / day).mkdir(parents=True, exist_ok=True)
+    (place / "data").mkdir(exist_ok=True)
+    lines = "".join(f'"pmc-oa-opendata","{key}","2026-01-08T11:47:59.000Z","f25d9c"\n' for key in keys)
+    (place / "data" / f"{day}.csv.gz").write_bytes(gzip.compress(lines.encode()))
+    manifest = {"files": [{"key": f"inventory-reports/pmc-oa-opendata/metadata/data/{day}.csv.gz"}]}
+    (place / day / "manifest.json").write_text(json.dumps(manifest))
+
+
+def md5(content):
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def bucket(root):
+    return BucketStore(f"file://{root}", PATIENCE)
+
+
+class FlakyFiles:
+    """A file system that answers some requests with an error or half a body, and remembers all of them."""
+
+    def __init__(self, files, failures):
+        self.files, self.failures, self.requests = files, failures, []
+
+    def ls(self, path, **options):
+        return self.files.ls(path, **options)
+
+    def cat_file(self, path, **options):
+        self.requests.append(path.rpartition("/")[2])
+        content = self.files.cat_file(path, **options)
+        failure = self.failures.pop(0) if self.failures else None
+        if isinstance(failure, Exception):
+            raise failure
+        return content[: len(content) // 2] if failure == "half" else content
+
+
+@pytest.fixture
+def small_bucket(tmp_path):
+    files = {"PMC9000001.1.xml": ARTICLE, "drawn-9000001-g002.jpg": picture(), "table é.xlsx": b"table"}
+    write_bucket(tmp_path, {"PMC9000001.1": files})
+    return tmp_path
+
+
+def test_the_inventory_lists_the_newest_version_of_each_article_by_number(tmp_path):
+    keys = [f"metadata/PMC{name}.json" for name in ("20.1", "3.2", "3.10", "3.1", "100.1")]
+    write_inventory(tmp_path, ["metadata/PMC1.1.json"], "2026-01-17T01-00Z")
+    write_inventory(tmp_path, [*keys, "README.txt", "metadata/../PMC9.1.json"], "2026-01-18T01-00Z")
+    assert [ref.name for ref in bucket(tmp_path).list_articles()] == ["PMC3.10", "PMC20.1", "PMC100.1"]
+
+
+def test_an_article_of_the_bucket_becomes_rows(small_bucket):
+    rows, drops = read_all(ArticleSource(bucket(small_bucket)))
+    assert rows["PMC9000001.1/F2"].image_bytes == picture()
+    assert rows["PMC9000001.1/F2"].license == "CC BY"
+    assert drops["PMC9000001.1/F1"] == "image missing"
+
+
+def test_of_an_article_that_is_not_wanted_only_the_metadata_are_fetched(small_bucket):
+    store = bucket(small_bucket)
+    store.files = FlakyFiles(store.files, [])
+    source = ArticleSource(store, licenses=("CC0",))
+    drops = list(source.read({"name": "PMC9000001.1", "location": "PMC9000001.1"}))
+    assert [drop.reason for drop in drops] == ["licence not kept"]
+    assert store.files.requests == ["PMC9000001.1.json"]
+
+
+@pytest.mark.parametrize("failure", [OSError("SlowDown: please reduce your request rate"), TimeoutError(), "half"])
+def test_throttling_and_half_read_bodies_are_tried_again(small_bucket, failure):
+    store = bucket(small_bucket)
+    store.files = FlakyFiles(store.files, [failure, None, failure, None, failure, None])
+    rows = list(ArticleSource(store).read({"name": "PMC9000001.1", "location": "PMC9000001.1"}))
+    assert [row.image_bytes for row in rows if isinstance(row, FigureRow)] == [picture()]
+
+
+def test_what_fails_every_time_is_dropped_with_the_reason(small_bucket):
+    store = bucket(small_bucket)
+    store.files = FlakyFiles(store.files, [OSError("SlowDown")] * 50)
+    drops = list(ArticleSource(store).read({"name": "PMC9000001.1", "location": "PMC9000001.1"}))
+    assert [drop.reason for drop in drops] == ["article not fetched"]
+    assert "3 attempts failed, the last with OSError('SlowDown')" in drops[0].detail
+
+
+def test_a_picture_that_differs_from_its_digest_is_dropped(small_bucket):
+    (small_bucket / "PMC9000001.1" / "drawn-9000001-g002.jpg").write_bytes(b"another")
+    assert read_all(ArticleSource(bucket(small_bucket)))[1]["PMC9000001.1/F2"] == "image not fetched"
+
+
+def test_a_missing_object_is_not_asked_for_twice(small_bucket):
+    (small_bucket / "PMC9000001.1" / "PMC9000001.1.xml").unlink()
+    store = bucket(small_bucket)
+    store.files = FlakyFiles(store.files, [])
+    drops = list(ArticleSource(store).read({"name": "PMC9000001.1", "location": "PMC9000001.1"}))
+    assert [drop.reason for drop in drops] == ["article missing"]
+    assert store.files.requests == ["PMC9000001.1.json", "PMC9000001.1.xml"]
+
+
+def test_media_of_another_folder_are_not_fetched(tmp_path):
+    urls = ["s3://pmc-oa-opendata/PMC5.1/drawn-9000001-g002.jpg", "s3://x/PMC9000001.1/..%2F..%2Fsecret.jpg"]
+    write_bucket(tmp_path, {"PMC9000001.1": {"PMC9000001.1.xml": ARTICLE}}, {"media_urls": urls})
+    assert bucket(tmp_path).read_article(ArticleRef("PMC9000001.1", "PMC9000001.1")).open_graphic.names == ()
+
+
+def test_a_bucket_without_inventory_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="has no inventory below inventory-reports"):
+        list(bucket(tmp_path).list_articles())
+
+
+def test_a_cut_inventory_is_an_error_not_a_short_list(tmp_path):
+    write_inventory(tmp_path, [f"metadata/PMC{number}.1.json" for number in range(5000)], "2026-01-18T01-00Z")
+    path = next(tmp_path.rglob("*.csv.gz"))
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(ValueError, match="cannot be read"):
+        list(bucket(tmp_path).list_articles())
+
+
+def test_a_protocol_whose_package_is_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ValueError, match="pip install s3fs"):
+        open_store("s3", "s3://pmc-oa-opendata")

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from medclip_hf.data.article_bucket import BucketStore
 from medclip_hf.data.article_stores import (
     IMAGE_SUFFIXES,
     ArticleFiles,
@@ -15,6 +16,7 @@ from medclip_hf.data.article_stores import (
     ArticleStore,
     FolderStore,
 )
+from medclip_hf.data.article_tarballs import TarballStore
 from medclip_hf.data.images import UnreadableImage
 from medclip_hf.data.jats import OTHER_LICENSE, Article, ArticleFigure, UnreadableArticle, parse_article
 from medclip_hf.data.records import FigureRow
@@ -38,6 +40,10 @@ def open_store(kind: str, path: str) -> ArticleStore:
     """
     if kind == "folder":
         return FolderStore(Path(path))
+    if kind == "tarballs":
+        return TarballStore(Path(path))
+    if kind == "s3":
+        return BucketStore(path)
     raise ValueError(f"articles lie in a 'folder', in 's3' or in 'tarballs', not in {kind!r}")
 
 
