@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -43,12 +42,13 @@ from medclip_hf.data.parquet import (
     write_manifest,
     write_text_atomically,
 )
-from medclip_hf.data.stages import Tally
+from medclip_hf.data.stages import Drop, Tally
 from medclip_hf.data.workers import ProcessRunner, Runner, Task
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_IMAGES_PER_UNIT = 500
+CONTAMINATED = "evaluation"  # how the reasons begin for which a figure may not be trained on
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,13 @@ class _Run:
         counts = workspace.items.counts()
         units = [Task(number) for number in range(len(counts))]
         collected = self._do("collect", CollectStep, units, counts, lambda task: workspace.collected(task.number))
-        duplicates, num_evaluation, num_contaminated = self._find_duplicates(units)
+        duplicates, num_evaluation = self._find_duplicates(units)
         rows = [pq.read_metadata(workspace.collected(task.number)).num_rows for task in units]
         annotated = self._do("annotate", AnnotateStep, units, rows, lambda task: workspace.annotated(task.number))
         num_figures = self._assign(units)
         self._write(num_figures)
         tally = Tally(annotated.kept, collected.dropped + duplicates + annotated.dropped)
+        num_contaminated = sum(count for reason, count in tally.dropped.items() if reason.startswith(CONTAMINATED))
         report = EngineReport(sum(counts), num_figures, tally, num_evaluation, num_contaminated)
         self._finish(report)
         return report
@@ -181,8 +182,8 @@ class _Run:
 
     # --- global steps -------------------------------------------------------------------------------------------------
 
-    def _find_duplicates(self, units: Sequence[Task]) -> tuple[Counter[str], int, int]:
-        """Reasons of the duplicates with their counts, evaluation images, and figures that show one of these."""
+    def _find_duplicates(self, units: Sequence[Task]) -> tuple[Counter[str], int]:
+        """Reasons of the duplicates with their counts, and the number of evaluation images."""
         path = self.workspace.duplicates_path
         evaluation = self._look_at_evaluation_images()
         if not path.exists():
@@ -190,7 +191,7 @@ class _Run:
             _find_and_report_duplicates(self.workspace, [task.number for task in units], evaluation)
         with np.load(path, allow_pickle=False) as stored:
             counts = Counter(dict(zip(stored["reason_names"].tolist(), stored["reason_counts"].tolist(), strict=True)))
-            return counts, int(stored["num_evaluation"]), int(stored["num_contaminated"])
+            return counts, int(stored["num_evaluation"])
 
     def _look_at_evaluation_images(self) -> list[int]:
         if not self.settings.decontamination.folders:
@@ -247,6 +248,8 @@ class _Run:
             shards = [shard_path(folder, split, number) for number in range(-(-count // rows_per_shard))]
             if shards:
                 write_manifest(folder, split, shards, settings=identity)
+        if self.settings.decontamination.folders:
+            _write_contaminated(self.workspace)
         values = vars(report) | {"tally": report.tally.as_dict()}
         write_data_card(folder, self.settings.output.title, values, identity)
         text = json.dumps({"report": values, "settings": identity}, indent=2, ensure_ascii=False)
@@ -256,7 +259,7 @@ class _Run:
 
 
 def _find_and_report_duplicates(workspace: Workspace, units: list[int], evaluation: list[int]) -> None:
-    """Write which rows are dropped (`duplicates.npz`), their names and originals, and the decontamination report.
+    """Write which rows are dropped (`duplicates.npz`), and their names with those of their originals.
 
     Evaluation images come first in the order of preference, so what repeats one of them goes.
     """
@@ -269,19 +272,13 @@ def _find_and_report_duplicates(workspace: Workspace, units: list[int], evaluati
     found = find_duplicates(fingerprints, workspace.settings.duplicates)
     is_ours = found.rows >= num_evaluation
     rows, originals, reasons = found.rows[is_ours], found.originals[is_ours], found.reasons[is_ours]
-    is_contaminated = originals < num_evaluation
     names = _names_of(workspace, units, evaluation, starts, np.union1d(rows, originals))
-    counts: Counter[str] = Counter()
-    drops, pairs = [], []
-    for row, original, reason, contaminated in zip(rows, originals, reasons, is_contaminated, strict=True):
-        text = ("evaluation " if contaminated else "") + REASONS[reason]
-        counts[text] += 1
-        drops.append({"row_id": names[row], "reason": text, "detail": f"the same as {names[original]}"})
-        if contaminated:
-            pairs.append({"row_id": names[row], "evaluation_image": names[original], "how": REASONS[reason]})
-    _write_lines(workspace.dropped / "duplicates.jsonl", drops)
-    if evaluation:
-        _write_lines(workspace.folder / "decontamination.jsonl", pairs)
+    drops = []
+    for row, original, reason in zip(rows.tolist(), originals.tolist(), reasons, strict=True):
+        text = REASONS[reason] if original >= num_evaluation else f"{CONTAMINATED} {REASONS[reason]}"
+        drops.append(Drop(text, f"the same as {names[original]}", names[row]))
+    workspace.write_drops("duplicates", drops)
+    counts = Counter(drop.reason for drop in drops)
     temporary = workspace.duplicates_path.with_name(".duplicates.npz.tmp")
     with temporary.open("wb") as file:
         np.savez(
@@ -291,10 +288,18 @@ def _find_and_report_duplicates(workspace: Workspace, units: list[int], evaluati
             reason_names=np.array(list(counts), dtype=str),
             reason_counts=np.array(list(counts.values()), dtype=np.int64),
             num_evaluation=num_evaluation,
-            num_contaminated=int(is_contaminated.sum()),
         )
     temporary.replace(workspace.duplicates_path)
     joined.unlink(missing_ok=True)
+
+
+def _write_contaminated(workspace: Workspace) -> None:
+    """The decontamination report: every figure that shows an evaluation image, which one, and how that was seen."""
+    lines = []
+    for path in sorted(workspace.dropped.glob("*.jsonl")):
+        with path.open(encoding="utf-8") as file:
+            lines += [line for line in file if json.loads(line)["reason"].startswith(CONTAMINATED)]
+    write_text_atomically(workspace.folder / "decontamination.jsonl", "".join(lines))
 
 
 def _names_of(
@@ -328,7 +333,3 @@ def _light_columns(workspace: Workspace, units: list[int]) -> tuple[np.ndarray, 
         modalities = table["modality"].to_pylist()
         strata.append(np.array([numbers.setdefault(name, len(numbers)) for name in modalities], np.int64))
     return np.concatenate(rows), np.concatenate(groups), np.concatenate(strata)
-
-
-def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -109,7 +109,7 @@ class ConceptSettings:
     """How concepts are found; see `data.concepts`.
 
     Args:
-        vocabulary: ``"shipped"``, a JSON lines file, or a saved index.
+        vocabulary: ``"shipped"``, a JSON lines file, or a saved index; "" looks for no concepts.
         min_similarity: of a mention and the name that it is linked to.
         semantic_types: those to keep; empty keeps all.
         entailment_model: of `transformers`, asks whether a concept is central to the caption; "" asks nothing.

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from medclip_hf.data.engine_settings import SourceSettings
 from medclip_hf.data.images import UnreadableImage, path_inside, read_file
+from medclip_hf.data.pmc import ArticleSource, open_store
 from medclip_hf.data.records import FigureRow
 from medclip_hf.data.stages import Drop
 
@@ -42,11 +43,16 @@ def open_source(settings: SourceSettings) -> ItemSource:
     """The source that the settings name.
 
     Raises:
-        ValueError: where there is nothing at its path.
+        ValueError: where there is nothing at its path, or a licence has no such name.
     """
     if settings.kind == "table":
         return TableSource(Path(settings.path), Path(settings.images) if settings.images else None)
-    raise ValueError(f"source.kind {settings.kind!r} is not available")
+    return ArticleSource(
+        open_store(settings.kind, settings.path),
+        licenses=settings.licenses,
+        keep_retracted=settings.keep_retracted,
+        split_panels=settings.split_panels,
+    )
 
 
 class TableSource:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from medclip_hf.data.dedup import fingerprint, save_fingerprints
 from medclip_hf.data.engine_settings import ConceptSettings, EngineSettings, short_digest
 from medclip_hf.data.engine_sources import open_source
 from medclip_hf.data.engine_work import Workspace
-from medclip_hf.data.evaluation_images import read_evaluation_images
+from medclip_hf.data.evaluation_images import EvaluationImage, read_evaluation_images
 from medclip_hf.data.figure_images import prepare_image
 from medclip_hf.data.figure_type import blank_share, named_modality
 from medclip_hf.data.images import UnreadableImage
@@ -40,6 +40,7 @@ from medclip_hf.data.workers import Task, TaskReport
 logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 256  # of captions whose concepts are found together
+EVALUATION_IMAGES_AT_ONCE = 64
 READ_AHEAD = 2  # items under way for each thread that reads
 
 _ANNOTATED_SCHEMA = pa.schema(
@@ -143,16 +144,16 @@ class EvaluationStep:
     def __call__(self, task: Task) -> TaskReport:
         """Look at one unit of evaluation images."""
         items = list(self.workspace.evaluation_items.items(task.number))
-        names, fingerprints, embeddings, drops = [], [], [], []
-        for item in items:
-            for image in read_evaluation_images(item):
-                if isinstance(image, Drop):
-                    drops.append(image)
-                    continue
-                names.append(image.name)
-                fingerprints.append(fingerprint(f"evaluation {image.name}", image.content, image.pixels))
-                if self.model:
-                    embeddings.append(self.model.embed_images([image.pixels])[0])
+        names: list[str] = []
+        fingerprints, embeddings, drops = [], [], []
+        images = chain.from_iterable(map(read_evaluation_images, items))
+        while batch := list(islice(images, EVALUATION_IMAGES_AT_ONCE)):
+            drops += [image for image in batch if isinstance(image, Drop)]
+            readable = [image for image in batch if isinstance(image, EvaluationImage)]
+            names += [image.name for image in readable]
+            fingerprints += [fingerprint(f"evaluation {image.name}", image.content, image.pixels) for image in readable]
+            if self.model and readable:
+                embeddings.append(self.model.embed_images([image.pixels for image in readable]))
         return self._write(task, len(items), names, fingerprints, embeddings, drops)
 
     def set_aside(self, task: Task, reason: str) -> TaskReport:
@@ -167,7 +168,8 @@ class EvaluationStep:
         write_text_atomically(self.workspace.evaluation(task.number, ".json"), json.dumps(names))
         if self.model:
             path = self.workspace.evaluation(task.number, ".embeddings.npy")
-            np.save(path, np.array(embeddings, np.float32).reshape(len(embeddings), -1), allow_pickle=False)
+            joined = np.concatenate(embeddings) if embeddings else np.zeros((0, 0), np.float32)
+            np.save(path, joined, allow_pickle=False)
         save_fingerprints(self.workspace.evaluation(task.number), prints)
         return TaskReport(task, num_items, _tally(len(prints), drops))
 
@@ -308,9 +310,13 @@ class WriteStep:
 
 def concept_extractor(settings: ConceptSettings) -> ExtractConcepts:
     """Captions to concepts, by the vocabulary that the settings name."""
+    if not settings.vocabulary:
+        return lambda captions: [()] * len(captions)
     from medclip_hf.data.concepts import ConceptExtractor  # spaCy takes seconds to import
 
-    extractor = ConceptExtractor.from_vocabulary(settings.vocabulary)
+    extractor = ConceptExtractor.from_vocabulary(
+        settings.vocabulary, min_similarity=settings.min_similarity, semantic_types=settings.semantic_types
+    )
     return extractor.extract
 
 

@@ -18,6 +18,7 @@ _CAPTION_WORDS = {
     "with",
 }
 MIN_LATIN_SHARE = 0.7  # of the letters; Greek letters and names leave an English caption well above
+MAX_FOREIGN_WORDS = 2  # "de novo", "en face" and names stand in English captions
 LANGUAGE_CHARS = 4000  # of a longer caption, the beginning tells the language
 
 
@@ -74,7 +75,7 @@ def guess_language(text: str) -> str:
     }
     best = max(counts, key=lambda language: counts[language])
     num_english = sum(len(word) > 1 and word in english for word in words)
-    return best if counts[best] > max(num_english, 1) else "English"
+    return best if counts[best] > max(num_english, MAX_FOREIGN_WORDS) else "English"
 
 
 @cache

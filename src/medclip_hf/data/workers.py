@@ -61,8 +61,8 @@ class ProcessRunner:
     """Runs tasks in `num_workers` processes, or in this one where it is 0.
 
     A process that dies (killed for memory, a decoder that crashes) takes the whole pool with it, and nobody knows which
-    task was to blame. The tasks that were under way are then repeated one by one, each in a process of its own; one
-    that kills its process again is set aside, with a reason in the drops, and the others go on.
+    task was to blame. The tasks that were under way are then repeated one by one in a process of their own; one that
+    kills it again is set aside, with a reason in the drops, and the others go on.
     """
 
     num_workers: int = 0
@@ -77,8 +77,7 @@ class ProcessRunner:
         while remaining:
             suspects: list[Task] = []
             yield from self._run_pool(make_step, remaining, suspects)
-            for task in suspects:
-                yield self._run_alone(make_step, task)
+            yield from _run_one_by_one(make_step, suspects)
 
     def _run_pool(self, make_step: MakeStep, remaining: list[Task], suspects: list[Task]) -> Iterator[TaskReport]:
         """Take tasks off the end of `remaining` until none is left or the pool breaks; then name the suspects."""
@@ -87,7 +86,8 @@ class ProcessRunner:
         try:
             while remaining or in_flight:
                 while remaining and len(in_flight) < 2 * self.num_workers:
-                    in_flight[pool.submit(_call_step, remaining[-1])] = remaining.pop()
+                    task = remaining.pop()
+                    in_flight[pool.submit(_call_step, task)] = task
                 done, _ = wait(in_flight, return_when=FIRST_COMPLETED)
                 for future in done:
                     task = in_flight.pop(future)
@@ -103,39 +103,53 @@ class ProcessRunner:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _run_alone(self, make_step: MakeStep, task: Task) -> TaskReport:
-        for _ in range(DEATHS_ALONE):
-            with _pool(make_step, 1) as pool:
-                try:
-                    return pool.submit(_call_step, task).result()
-                except BrokenProcessPool:
-                    logger.warning("task %d killed its process", task.number)
-        return make_step().set_aside(task, "worker process killed")
+
+def _run_one_by_one(make_step: MakeStep, suspects: list[Task]) -> Iterator[TaskReport]:
+    """The reports of tasks of which at least one kills its process: that one is set aside."""
+    deaths = 0
+    while suspects:
+        with _pool(make_step, 1) as pool:
+            try:
+                while suspects:
+                    yield pool.submit(_call_step, suspects[0]).result()
+                    suspects.pop(0)
+                    deaths = 0
+            except BrokenProcessPool:
+                deaths += 1
+                logger.warning("task %d killed its process", suspects[0].number)
+        if deaths == DEATHS_ALONE:
+            yield make_step().set_aside(suspects.pop(0), "worker process killed")
+            deaths = 0
 
 
 _step: Step | Exception | None = None  # of this worker process; what went wrong where it could not be made
 
 
 def _pool(make_step: MakeStep, num_workers: int) -> ProcessPoolExecutor:
-    # Spawned, not forked: a fork copies the locks of threads that it has not, and libraries here start threads.
-    context = multiprocessing.get_context("spawn")
+    # Forked from a server that has the imports done and no threads: workers start at once and share its memory, while a
+    # fork of this process would copy locks of threads that it has not.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["medclip_hf.data.engine_steps"])
     return ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(make_step, os.getpid()))
 
 
-def _start_worker(make_step: MakeStep, parent: int) -> None:
+def _start_worker(make_step: MakeStep, run: int) -> None:
     global _step
-    threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
+    threading.Thread(target=_leave_with, args=(run,), daemon=True).start()
     try:
         _step = make_step()
     except Exception as error:  # told to whoever asks: an initializer that fails looks like a death
         _step = error
 
 
-def _leave_with_parent(parent: int) -> None:
-    """A pool's processes outlive a parent that was killed; ours do not, or they would write beside the next run."""
-    while os.getppid() == parent:
+def _leave_with(run: int) -> None:
+    """A pool's processes outlive a run that was killed; ours do not, or they would write beside the next run."""
+    while True:
         time.sleep(0.5)
-    os._exit(1)
+        try:
+            os.kill(run, 0)  # asks only whether there is such a process
+        except ProcessLookupError:
+            os._exit(1)
 
 
 def _call_step(task: Task) -> TaskReport:
