@@ -61,7 +61,7 @@ class Plan:
     seed: int = 0
 
 
-FULL = Plan(num_train=5000, num_test=400, stage1_steps=100, stage2_steps=1800)
+FULL = Plan(num_train=5000, num_test=400, stage1_steps=100, stage2_steps=1600)
 QUICK = Plan(
     num_train=48, num_test=24, stage1_steps=2, stage2_steps=2, num_gallery=10, num_pictures=1, num_resamples=50
 )
