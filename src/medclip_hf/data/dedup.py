@@ -53,7 +53,7 @@ class DuplicateRules:
     Args:
         max_phash_distance: of 64 bits; at most 8, where the search takes 165 sorts.
         max_dhash_distance: of 256 bits.
-        max_rows_in_memory: bounds the memory of the search, some 100 bytes a row.
+        max_rows_in_memory: bounds the memory of the search, some 170 bytes a row.
     """
 
     max_phash_distance: int = 4

@@ -59,9 +59,9 @@ class ImageTextModel:
         self.device = torch.device(device)
         self.batch_size = batch_size
         self.model = AutoModel.from_pretrained(path).to(self.device).eval()
-        self.processor = AutoProcessor.from_pretrained(path)
         if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "get_text_features"):
             raise ValueError(f"{path} is a {type(self.model).__name__}, which does not embed images and texts alike")
+        self.processor = AutoProcessor.from_pretrained(path)
 
     def embed_images(self, images: Sequence[Image.Image]) -> Embeddings:
         """Embeddings (num_images, dim) of RGB images, of length 1."""
