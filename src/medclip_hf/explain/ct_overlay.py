@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,7 +16,11 @@ Pixels = NDArray[np.uint8]
 
 DISPLAY_WINDOW_HU = (-1150.0, 350.0)  # the published model's own: lungs and soft tissue in one picture
 ANATOMY_COLOUR, FINDING_COLOUR = "#00e5ff", "#ffd400"
-_HEIGHT_INCHES, _DPI = 3.0, 110
+_STYLES: tuple[Literal["solid", "dashed"], ...] = (
+    "solid",
+    "dashed",
+)  # of the anatomy and the finding, which may share a border
+_VIEW_INCHES, _MAX_VIEW_RATIO, _DPI = 3.6, 2.0, 110  # width of a view, and its height against that at most
 _AXIAL, _CORONAL = 0, 1  # the axis that a view is a slice of
 
 
@@ -72,18 +77,18 @@ def draw_ct_finding(
     depth_mm, height_mm, width_mm = (
         size * step for size, step in zip(shape, (float(step) for step in spacing_mm_dhw), strict=True)
     )
-    width_inches = _HEIGHT_INCHES * (width_mm / height_mm + width_mm / depth_mm) + 0.3
-    figure = Figure(figsize=(width_inches, _HEIGHT_INCHES + 0.9), dpi=_DPI, layout="constrained")
-    tiles = figure.subplots(1, 2, width_ratios=[width_mm / height_mm, width_mm / depth_mm])
+    height_inches = _VIEW_INCHES * min(max(height_mm, depth_mm) / width_mm, _MAX_VIEW_RATIO)
+    figure = Figure(figsize=(2 * _VIEW_INCHES, height_inches + 0.9), dpi=_DPI, layout="constrained")
+    tiles = figure.subplots(1, 2)
     for tile, axis, name in zip(tiles, (_AXIAL, _CORONAL), ("axial", "coronal"), strict=True):
         place = best_slice(guide, axis)
         _show_slice(tile, _view(image_hu, axis, place), _view_extent_mm(shape, spacing_mm_dhw, axis), window_hu)
         tile.set_title(f"{name} slice {place + 1} of {shape[axis]}", fontsize=9)
-        for mask, colour in ((anatomy, ANATOMY_COLOUR), (finding_mask, FINDING_COLOUR)):
-            if mask is not None:
-                _outline(tile, _view(mask, axis, place), _view_extent_mm(shape, spacing_mm_dhw, axis), colour)
-    columns = max(30, int(width_inches * 11))
-    figure.suptitle(textwrap.fill(finding.headline(), columns), fontsize=11, parse_math=False)
+        extent = _view_extent_mm(shape, spacing_mm_dhw, axis)
+        _outline(tile, _view(anatomy, axis, place), extent, ANATOMY_COLOUR, _STYLES[0])
+        if finding_mask is not None:
+            _outline(tile, _view(finding_mask, axis, place), extent, FINDING_COLOUR, _STYLES[1])
+    figure.suptitle(textwrap.fill(finding.headline(), 76), fontsize=11, parse_math=False)
     _legend(figure, finding, finding_mask is not None)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -138,8 +143,10 @@ def _show_slice(
         tile.text(place, 0.97, letter, color="white", fontsize=9, ha=side, va="top", transform=tile.transAxes)
 
 
-def _outline(tile: Axes, mask: NDArray[np.generic], extent: tuple[float, float, float, float], colour: str) -> None:
-    """The border of a mask, in black and over it in colour, so that it shows on any ground."""
+def _outline(
+    tile: Axes, mask: NDArray[np.generic], extent: tuple[float, float, float, float], colour: str, style: str
+) -> None:
+    """The border of a mask in colour, a solid one on black, so that it shows on any ground and below a dashed one."""
     if not mask.any():
         return
     rows, columns = mask.shape
@@ -147,8 +154,8 @@ def _outline(tile: Axes, mask: NDArray[np.generic], extent: tuple[float, float, 
     padded = np.pad(mask.astype(np.float32), 1)  # so that what reaches the border is closed
     x = left + (np.arange(-1, columns + 1) + 0.5) * (right - left) / columns
     y = top + (np.arange(-1, rows + 1) + 0.5) * (bottom - top) / rows
-    for shade, width in (("#000000", 2.2), (colour, 1.1)):
-        tile.contour(x, y, padded, levels=[0.5], colors=[shade], linewidths=[width])
+    for shade, width in (("#000000", 2.4), (colour, 1.3)) if style == "solid" else ((colour, 1.3),):
+        tile.contour(x, y, padded, levels=[0.5], colors=[shade], linewidths=[width], linestyles=[style])
     tile.set_xlim(left, right)
     tile.set_ylim(bottom, top)
 
@@ -157,5 +164,7 @@ def _legend(figure: Figure, finding: ScoredFinding, has_finding_mask: bool) -> N
     entries = [(ANATOMY_COLOUR, finding.anatomy)]
     if has_finding_mask:
         entries.append((FINDING_COLOUR, "true region of the finding"))
-    lines = [Line2D([], [], color=colour) for colour, _ in entries]
+    lines = [
+        Line2D([], [], color=colour, linestyle=style) for (colour, _), style in zip(entries, _STYLES, strict=False)
+    ]
     figure.legend(lines, [name for _, name in entries], loc="outside lower center", ncols=len(entries), fontsize=8)
