@@ -29,6 +29,7 @@ from medclip_hf.data.concept_words import (
     agrees_in_case,
     extend_hashes,
     is_acronym,
+    normal_form,
     split_words,
     word_hashes,
 )
@@ -283,7 +284,8 @@ def normal_name(name: str) -> tuple[str, ...]:
 def stop_words() -> frozenset[str]:
     """Words that name no concept by themselves."""
     path = files("medclip_hf.data").joinpath("vocabulary", "stop_words.json")
-    return frozenset(json.loads(path.read_text(encoding="utf-8"))["words"].split())
+    words = json.loads(path.read_text(encoding="utf-8"))["words"].split()
+    return frozenset(words) | frozenset(map(normal_form, words))
 
 
 def _index_terms(

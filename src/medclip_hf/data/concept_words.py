@@ -14,6 +14,7 @@ Hashes = NDArray[np.uint64]
 
 MAX_WORDS = 8  # of a name that is looked for in captions; longer ones are only linked to mentions found otherwise
 _WORD = re.compile(r"[^\W_]+(?:[\u0300-\u036f]+[^\W_]*)*")  # accents written as characters of their own belong to it
+_BRITISH_OE = re.compile(r"(?:^|(?<=^[cf])|(?<=rrh))oe")  # oedema, foetus, diarrhoea, but not hypoechoic
 _JOINS = re.compile(r"[ \t\r\n\u00a0\u2009\u202f]*[-\u2010\u2011\u2012\u2013/'’]?[ \t\r\n\u00a0\u2009\u202f]*")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, without pattern: words in another order give another hash
 
@@ -67,10 +68,10 @@ def normal_form(word: str) -> str:
     if not word.isascii():
         decomposed = unicodedata.normalize("NFKD", word)
         word = "".join(character for character in decomposed if not unicodedata.combining(character)).lower()
-    if len(word) > 3 and word.endswith("s") and word.isalpha():
+    if len(word) > 2 and word.endswith("s") and word.isalpha():
         word = _singular(word)
     if len(word) > 5:
-        word = word.replace("ae", "e").replace("oe", "e").replace("our", "or")
+        word = _BRITISH_OE.sub("e", word.replace("ae", "e").replace("our", "or"))
     return word
 
 

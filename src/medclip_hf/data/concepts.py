@@ -35,8 +35,11 @@ SHIPPED = ("shipped", "phantoms")  # vocabularies in the package
 MAX_CAPTION_CHARS = 100_000  # what lies behind is not read; no real caption is that long
 MAX_SIMILAR_WORDS = 4  # of a mention that is compared by spelling
 MIN_SIMILAR_CHARS = 6
-# A parenthesis that may hold an abbreviation, or the words of one that stands before it.
-_MAY_EXPLAIN = re.compile(r"\(\s*(?:[A-Za-z][^\s()]*[A-Z][^\s()]*|[A-Z][^\s()]+)\b|[A-Z]\w*\s*\((?:[^\s()]+[\s-]){2,}")
+# A parenthesis that may hold an abbreviation, or the words of one that stands before it, with the words around it. All
+# counts are bounded, so that the time grows with the length of the caption alone.
+_MAY_EXPLAIN = re.compile(
+    r"(?:[^\s()]{1,60}\s{1,3}){1,12}\((?:[A-Za-z][^\s()]{0,15}[A-Z][^\s()]{0,15}|[A-Z][^\s()]{1,15}|[^()]{12,80})\)"
+)
 _OPPOSITES = (  # prefixes that make words of similar spelling opposites
     *(("hyper", "hypo"), ("intra", "inter"), ("intra", "extra"), ("inter", "extra"), ("macro", "micro")),
     *(("pre", "post"), ("supra", "infra"), ("anti", "pro"), ("mono", "poly"), ("tachy", "brady"), ("endo", "exo")),
@@ -142,7 +145,8 @@ class ConceptExtractor:
                 "the folder of an index."
             )
         folder = Path(index_folder) if index_folder else path.with_name(f"{path.name}.index")
-        return cls(_current_index(path, folder), chosen, folder=folder)
+        folder = _current_index(path, folder)
+        return cls(ConceptIndex.load(folder), chosen, folder=folder)
 
     def extract(self, captions: Sequence[str]) -> list[tuple[ConceptMention, ...]]:
         """The concepts of each caption in the order of its text, not overlapping; denied ones are marked.
@@ -213,13 +217,14 @@ class ConceptExtractor:
         definitions: list[list[tuple[str, str]]] = [[] for _ in captions]
         detector = _abbreviation_detector(self._nlp) if self.options.abbreviations else None
         for number, caption in enumerate(captions):
-            explains = detector is not None and _MAY_EXPLAIN.search(caption) is not None
-            if not explains and not self.options.pipeline:
-                continue
-            doc = self._nlp(caption)
-            entities[number] = _entity_words(doc, words[number]) if self.options.pipeline else []
-            if explains:
-                definitions[number] = _definitions(detector, doc)
+            if self.options.pipeline:
+                entities[number] = _entity_words(self._nlp(caption), words[number])
+            if detector is not None and "(" in caption:
+                # The detector's time grows with the square of the parentheses of a text: it reads one at a time.
+                windows = [self._nlp.make_doc(found.group()) for found in _MAY_EXPLAIN.finditer(caption)]
+                definitions[number] = list(
+                    dict.fromkeys(pair for doc in windows for pair in _definitions(detector, doc))
+                )
         return entities, definitions
 
     def _apply_definitions(
@@ -340,14 +345,14 @@ def _wanted_concepts(index: ConceptIndex, semantic_types: Sequence[str]) -> np.n
     return wanted
 
 
-def _current_index(vocabulary: Path, folder: Path) -> ConceptIndex:
-    """The index of a vocabulary file in a folder, built anew where the file has changed."""
+def _current_index(vocabulary: Path, folder: Path) -> Path:
+    """Where in a folder the index of a vocabulary file lies, built anew where the file has changed."""
     status = vocabulary.stat()
     source = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "format": FORMAT_VERSION}
     version = hashlib.blake2b(repr(source).encode(), digest_size=8).hexdigest()
     target = folder / version  # a folder of its own, so that processes which map an older one are not disturbed
     if (target / "meta.json").exists():
-        return ConceptIndex.load(target)
+        return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
@@ -359,7 +364,7 @@ def _current_index(vocabulary: Path, folder: Path) -> ConceptIndex:
             f"cannot write the index {folder}: {error.strerror or error}. Name a folder that can be written as "
             "index_folder."
         ) from error
-    return ConceptIndex.load(target)
+    return target
 
 
 def _load_pipeline(options: ExtractorOptions) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 from medclip_hf.data.concept_words import Words
 
 _CLAUSE_END = re.compile(r"[.!?;](?:\s|$)|[;:]|\n\s*\n|[()\[\]]")
+_AUXILIARIES = frozenset(("is", "are", "was", "were", "be", "been", "has", "have", "had", "could", "can", "also"))
 _SIDES = ("negated_after_cue", "negated_before_cue", "uncertain_after_cue", "uncertain_before_cue", "none", "ends")
 
 
@@ -72,11 +73,12 @@ class CertaintyRules:
         if not any(cue.kind not in ("none", "ends") for cue in cues):
             return [Certainty.AFFIRMED] * len(mentions)
         clause_of, commas = _clauses(caption, words)
+        stops = {number for cue in cues for number in range(cue.first, cue.last + 1)}
         certainty = dict.fromkeys(range(len(words)), Certainty.AFFIRMED)
         for cue in cues:
             if cue.kind not in ("none", "ends"):
                 kind = Certainty.NEGATED if cue.kind.startswith("negated") else Certainty.UNCERTAIN
-                for number in self._scope(cue, cues, lowered, clause_of, commas):
+                for number in self._scope(cue, stops, lowered, clause_of, commas):
                     if certainty[number] is not Certainty.NEGATED:
                         certainty[number] = kind
         return [certainty[last] for _, last in mentions]
@@ -95,12 +97,13 @@ class CertaintyRules:
         return cues
 
     def _scope(
-        self, cue: _Cue, cues: list[_Cue], words: list[str], clause_of: list[int], commas: list[bool]
+        self, cue: _Cue, stops: set[int], words: list[str], clause_of: list[int], commas: list[bool]
     ) -> list[int]:
         """The words that a cue speaks of."""
-        stops = {number for other in cues if other is not cue for number in range(other.first, other.last + 1)}
         is_forward = cue.kind.endswith("after_cue")
         step, start = (1, cue.last + 1) if is_forward else (-1, cue.first - 1)
+        while not is_forward and start > 0 and words[start] in _AUXILIARIES:  # "the nodule has been excluded"
+            start -= 1
         limit = start + step * self._reach
         scope: list[int] = []
         for number in range(start, limit, step):
