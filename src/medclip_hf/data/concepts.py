@@ -24,7 +24,8 @@ import numpy as np
 from filelock import FileLock
 
 from medclip_hf.data.concept_index import FORMAT_VERSION, ConceptIndex, read_vocabulary, stop_words
-from medclip_hf.data.concept_neighbours import LOWEST_SIMILARITY
+from medclip_hf.data.concept_neighbours import LOWEST_SIMILARITY, NameNeighbours
+from medclip_hf.data.concept_scispacy import ScispacyNeighbours
 from medclip_hf.data.concept_words import Words, split_words, term_hash, word_hashes
 from medclip_hf.data.negation import Certainty, shipped_rules
 from medclip_hf.data.records import ConceptMention
@@ -58,6 +59,8 @@ class ExtractorOptions:
         similar_spelling: link also words of the caption that are spelled nearly like a name.
         abbreviations: read the abbreviations that a caption explains (scispaCy's detector).
         pipeline: a spaCy pipeline with entities whose entities are mentions too; "" takes the vocabulary alone.
+        scispacy_index: folder with scispaCy's approximate index of the same vocabulary, asked for names of similar
+            spelling in place of our exact search; see `data.concept_scispacy`.
     """
 
     min_similarity: float = 0.8
@@ -65,6 +68,7 @@ class ExtractorOptions:
     similar_spelling: bool = True
     abbreviations: bool = True
     pipeline: str = ""
+    scispacy_index: str = ""
 
     def __post_init__(self) -> None:
         if not LOWEST_SIMILARITY <= self.min_similarity <= 1:
@@ -114,6 +118,9 @@ class ConceptExtractor:
         self._rules = shipped_rules()
         self._is_wanted = _wanted_concepts(index, self.options.semantic_types)
         self._nlp = _load_pipeline(self.options)
+        self._neighbours: NameNeighbours | ScispacyNeighbours = index.neighbours
+        if self.options.scispacy_index:
+            self._neighbours = ScispacyNeighbours(index, Path(self.options.scispacy_index))
 
     @classmethod
     def from_vocabulary(
@@ -248,7 +255,7 @@ class ConceptExtractor:
 
     def _link_terms(self, terms: Sequence[Words]) -> list[tuple[int | None, float]]:
         """(name, similarity) of whole terms, by their words or by their spelling; (None, 0) where nothing is near."""
-        near = self.index.neighbours.nearest([term.normal for term in terms], self.options.min_similarity, True)
+        near = self._neighbours.nearest([term.normal for term in terms], self.options.min_similarity, True)
         linked = []
         for term, names in zip(terms, near, strict=True):
             exact = self._best_name(self.index.names_of(term_hash(term.normal)), term, 0, len(term))
@@ -273,7 +280,7 @@ class ConceptExtractor:
                     asked.setdefault((split.normal[first : last + 1], True), []).append((number, first, last))
         for same_num_words in (True, False):
             terms = [term for term, is_same in asked if is_same == same_num_words]
-            near = self.index.neighbours.nearest(terms, self.options.min_similarity, same_num_words)
+            near = self._neighbours.nearest(terms, self.options.min_similarity, same_num_words)
             for term, names in zip(terms, near, strict=True):
                 name, similarity = self._nearest_wanted(term, names)
                 if name is not None:
