@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from medclip_hf.data.figure_type import MAX_BLANK_SHARE, blank_share, named_moda
 from medclip_hf.data.jats import parse_article
 from medclip_hf.data.language import check_caption, clean_caption
 from medclip_hf.data.records import FigureRow
-from medclip_hf.data.workers import ProcessRunner
+from medclip_hf.data.workers import MakeStep, ProcessRunner, Task, TaskReport
 
 # Of the 70 figures of the published sample, by their line, judged by eye. The rule's threshold was chosen on them, so
 # they flatter it; the photographs of `--others` had no part in it.
@@ -142,9 +143,9 @@ def measure_scaling(arguments: argparse.Namespace) -> None:
         first: tuple[float, float] | None = None
         for workers in arguments.workers:
             output = Path(folder) / f"out{workers}"
-            before, start = children_seconds(), time.perf_counter()
-            report = build_medconcept(engine_settings(table, output), ProcessRunner(workers))
-            wall, cpu = time.perf_counter() - start, children_seconds() - before
+            start = time.perf_counter()
+            report = build_medconcept(engine_settings(table, output), TimedRunner(workers, Path(folder) / "seconds"))
+            wall, cpu = time.perf_counter() - start, worker_seconds(Path(folder) / "seconds")
             first = first or (wall * workers, cpu)
             print(
                 f"{workers:>8}{wall:>9.1f}{report.num_items / wall:>11.0f}{first[0] / (wall * workers):>12.2f}"
@@ -153,10 +154,41 @@ def measure_scaling(arguments: argparse.Namespace) -> None:
             shutil.rmtree(output)
 
 
-def children_seconds() -> float:
-    """Processor time of the workers that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+class TimedStep:
+    """A step that notes the processor time of each of its tasks in a file."""
+
+    def __init__(self, make_step: MakeStep, notes: Path) -> None:
+        self.step, self.notes = make_step(), notes
+
+    def __call__(self, task: Task) -> TaskReport:
+        """Do the task."""
+        start = time.process_time()
+        report = self.step(task)
+        with self.notes.open("a") as file:
+            file.write(f"{time.process_time() - start}\n")
+        return report
+
+    def set_aside(self, task: Task, reason: str) -> TaskReport:
+        """Write its empty result."""
+        return self.step.set_aside(task, reason)
+
+
+class TimedRunner:
+    """Processes whose tasks are timed."""
+
+    def __init__(self, num_workers: int, notes: Path) -> None:
+        self.runner, self.notes = ProcessRunner(num_workers), notes
+
+    def __call__(self, make_step: MakeStep, tasks: Sequence[Task]) -> Iterator[TaskReport]:
+        """The reports of all tasks."""
+        return self.runner(partial(TimedStep, make_step, self.notes), tasks)
+
+
+def worker_seconds(notes: Path) -> float:
+    """Processor time of all tasks, and an empty file for the next run."""
+    total = sum(map(float, notes.read_text().split()))
+    notes.unlink()
+    return total
 
 
 def measure_memory(arguments: argparse.Namespace) -> None:

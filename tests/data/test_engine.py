@@ -325,6 +325,25 @@ def test_concepts_lie_where_their_words_are(source, tmp_path):
     assert "mass" in found
 
 
+def test_the_entailment_filter_sees_captions_with_their_concepts(monkeypatch):
+    from medclip_hf.data import entailment
+    from medclip_hf.data.engine_steps import concept_extractor
+
+    class KeepFirst:
+        def __init__(self, model, *, min_probability):
+            assert (model, min_probability) == ("some/model", 0.7)
+
+        def __call__(self, captions, mentions):
+            return [found[:1] for found in mentions]
+
+    captions = ["CT of the lung with pneumonia.", "MRI of the brain and the liver."]
+    everything = concept_extractor(ConceptSettings())(captions)
+    monkeypatch.setattr(entailment, "EntailmentFilter", KeepFirst)
+    given = ConceptSettings(entailment_model="some/model", min_entailment=0.7)
+    assert concept_extractor(given)(captions) == [found[:1] for found in everything]
+    assert all(len(found) > 1 for found in everything)
+
+
 def test_the_real_sample_becomes_a_data_set(real_data, tmp_path):
     sample = real_data / "pmc_sample"
     given = SourceSettings("table", str(sample / "metadata.jsonl"), str(sample / "images"), items_per_unit=20)
@@ -381,3 +400,34 @@ def test_hostile_names_do_no_harm_in_the_card(source, tmp_path):
     build_medconcept(settings(table, tmp_path / "out", source=given))
     for name in ("README.md", "data_card.html"):
         assert "<script>" not in (tmp_path / "out" / name).read_text()
+
+
+ARTICLE = """<?xml version="1.0"?>
+<article xmlns:xlink="http://www.w3.org/1999/xlink"><front><article-meta>
+<article-id pub-id-type="pmc">{pmcid}</article-id>
+<permissions><license xlink:href="https://creativecommons.org/licenses/{license}/4.0/"><license-p>x</license-p></license>
+</permissions></article-meta></front><body><sec><title>Results</title>
+<p>See <xref ref-type="fig" rid="F1">Figure 1</xref>.</p>
+<fig id="F1"><label>Figure 1</label><caption><p>Chest CT of patient {pmcid} with a mass.</p></caption>
+<graphic xlink:href="g1"/></fig></sec></body></article>"""
+
+
+def test_articles_become_rows_and_hostile_ones_drops(tmp_path):
+    articles = tmp_path / "articles"
+    for number, license_code in ((1, "by"), (2, "by-nc"), (3, "by")):
+        folder = articles / f"PMC{number}.1"
+        folder.mkdir(parents=True)
+        (folder / f"PMC{number}.1.xml").write_text(ARTICLE.format(pmcid=f"PMC{number}", license=license_code))
+        noise(number).save(folder / "g1.jpg")
+    (articles / "PMC3.1" / "PMC3.1.xml").write_text(
+        '<!DOCTYPE a [<!ENTITY b "bbbbbbbbbb"><!ENTITY c "&b;&b;&b;&b;">]><article><p>&c;</p></article>'
+    )
+    given = SourceSettings("folder", str(articles), licenses=("CC BY",))
+    report = build_medconcept(settings("", tmp_path / "out", source=given))
+    (row,) = read_figure_rows(find_shards(tmp_path / "out", "train"))
+    assert (row.pmcid, row.license, row.cited_in, row.modality) == (
+        *("PMC1", "CC BY", ("Results",), "computed tomography"),
+    )
+    assert report.tally.kept == 1
+    assert report.tally.dropped["licence not kept"] == 1
+    assert report.tally.dropped.total() == 2

@@ -20,9 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from imagehash import dhash, phash
 from numpy.typing import NDArray
 from PIL import Image
+
+try:
+    from imagehash import dhash, phash
+except ImportError as missing:
+    raise ImportError("the MedConcept engine needs ImageHash: install medclip-hf[medconcept]") from missing
 
 HASH_SIDE = 256  # pixels; pictures are reduced to this before they are hashed, which makes hashing 5 times faster
 FLAT_RANGE = 8  # grey levels of 256: what varies less has no shape that a hash could hold

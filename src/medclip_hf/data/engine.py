@@ -121,6 +121,8 @@ def build_medconcept(
         workspace.open()
         if workspace.is_complete:
             logger.info("%s is complete already", settings.folder)
+            if not settings.output.keep_work:
+                workspace.remove_work()
             return EngineReport.read(workspace.report_path)
         run = _Run(settings, workspace, runner, on_progress)
         return run.run()
@@ -279,11 +281,12 @@ def _find_and_report_duplicates(workspace: Workspace, units: list[int], evaluati
         drops.append(Drop(text, f"the same as {names[original]}", names[row]))
     workspace.write_drops("duplicates", drops)
     counts = Counter(drop.reason for drop in drops)
+    with workspace.duplicate_rows_path.open("wb") as file:
+        np.save(file, rows, allow_pickle=False)
     temporary = workspace.duplicates_path.with_name(".duplicates.npz.tmp")
     with temporary.open("wb") as file:
         np.savez(
             file,
-            rows=rows,
             starts=starts[len(evaluation) :],
             reason_names=np.array(list(counts), dtype=str),
             reason_counts=np.array(list(counts.values()), dtype=np.int64),

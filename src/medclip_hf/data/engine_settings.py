@@ -113,6 +113,7 @@ class ConceptSettings:
         min_similarity: of a mention and the name that it is linked to.
         semantic_types: those to keep; empty keeps all.
         entailment_model: of `transformers`, asks whether a concept is central to the caption; "" asks nothing.
+        min_entailment: probability from which on it is.
         needs_concepts: drop figures in whose caption no concept was found.
     """
 
@@ -120,6 +121,7 @@ class ConceptSettings:
     min_similarity: float = 0.8
     semantic_types: tuple[str, ...] = ()
     entailment_model: str = ""
+    min_entailment: float = 0.5
     needs_concepts: bool = False
 
 

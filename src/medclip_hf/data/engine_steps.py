@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 256  # of captions whose concepts are found together
 EVALUATION_IMAGES_AT_ONCE = 64
+BYTES_PER_GROUP = 4 * 2**20  # of collected figures: held-out ones are picked out one by one
 READ_AHEAD = 2  # items under way for each thread that reads
 
 _ANNOTATED_SCHEMA = pa.schema(
@@ -117,7 +118,7 @@ class CollectStep:
 
     def _write(self, task: Task, num_items: int, outcomes: Iterator[Collected | Drop]) -> TaskReport:
         path = self.workspace.collected(task.number)
-        writer, fingerprints, drops = FigureShardWriter(path), [], []
+        writer, fingerprints, drops = FigureShardWriter(path, BYTES_PER_GROUP), [], []
         try:
             for outcome in outcomes:
                 if isinstance(outcome, Drop):
@@ -317,7 +318,12 @@ def concept_extractor(settings: ConceptSettings) -> ExtractConcepts:
     extractor = ConceptExtractor.from_vocabulary(
         settings.vocabulary, min_similarity=settings.min_similarity, semantic_types=settings.semantic_types
     )
-    return extractor.extract
+    if not settings.entailment_model:
+        return extractor.extract
+    from medclip_hf.data.entailment import EntailmentFilter
+
+    keep_central = EntailmentFilter(settings.entailment_model, min_probability=settings.min_entailment)
+    return lambda captions: keep_central(captions, extractor.extract(captions))
 
 
 def read_task_report(path: Path, task: Task) -> TaskReport:

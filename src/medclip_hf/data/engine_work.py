@@ -91,7 +91,8 @@ class Workspace:
         self.dropped = self.folder / "dropped"
         self.items = Listing(self.work / "items.jsonl")
         self.evaluation_items = Listing(self.work / "evaluation.jsonl")
-        self.duplicates_path = self.work / "duplicates.npz"
+        self.duplicates_path = self.work / "duplicates.npz"  # counts; written after the rows
+        self.duplicate_rows_path = self.work / "duplicates.npy"
         self.report_path = self.folder / "report.json"
 
     def open(self) -> None:
@@ -159,7 +160,7 @@ class Workspace:
         """Numbers of those rows of a unit that repeat another picture."""
         with np.load(self.duplicates_path, allow_pickle=False) as stored:
             start, end = stored["starts"][unit], stored["starts"][unit + 1]
-            rows = stored["rows"]
+        rows = np.load(self.duplicate_rows_path, mmap_mode="r", allow_pickle=False)
         return rows[np.searchsorted(rows, start) : np.searchsorted(rows, end)] - start
 
     def remove_work(self) -> None:

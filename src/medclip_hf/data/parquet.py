@@ -128,10 +128,12 @@ class FigureShardWriter:
 
     Args:
         path: of the finished shard.
+        bytes_per_group: images of a row group, which is what a reader of single rows must read at least.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, bytes_per_group: int = BYTES_PER_GROUP) -> None:
         self.path = path
+        self.bytes_per_group = bytes_per_group
         self.num_rows = 0
         self._temporary = path.with_name(f".{path.name}.tmp")
         self._writer: pq.ParquetWriter | None = None
@@ -143,7 +145,7 @@ class FigureShardWriter:
         self._group.append(_row_to_record(row))
         self._group_bytes += len(row.image_bytes or b"")
         self.num_rows += 1
-        if len(self._group) >= ROWS_PER_GROUP or self._group_bytes >= BYTES_PER_GROUP:
+        if len(self._group) >= ROWS_PER_GROUP or self._group_bytes >= self.bytes_per_group:
             self._flush()
 
     def commit(self, metadata: dict[str, Any] | None = None) -> None:
