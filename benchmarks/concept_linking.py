@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/concept_linking.py --sample ../shared/data/pmc_sample --names 1000000
 
 One process, one thread. Speed: the captions of the sample, each followed by a number so that no caption repeats, with
-the shipped vocabulary and with a synthetic one whose names are two to four made-up words. Memory: resident megabytes
+the shipped vocabulary and with a synthetic one whose names are two to four made-up words; there each caption gets four
+of its names, two of them misspelled. Memory: resident megabytes
 after a quarter of the captions and after all. Agreement: published mentions, their offsets repaired (`data.offsets`),
 against ours; "covered" are those whose words are a name of the vocabulary. Published concepts were thinned out by a
 filter that is not public, so precision against them is a lower bound.
@@ -51,17 +52,21 @@ def main() -> None:
     report_speed("shipped, exact names", exact, captions)
     if arguments.names:
         with tempfile.TemporaryDirectory() as folder:
-            start = time.perf_counter()
+            start = time.process_time()
             ConceptIndex.build(synthetic_vocabulary(arguments.names)).save(Path(folder))
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             size = sum(file.stat().st_size for file in Path(folder).iterdir())
-            print(f"synthetic: {arguments.names:,} names indexed in {seconds:.0f} s, {size / 2**20:.0f} MiB on disk")
+            print(
+                f"synthetic: {arguments.names:,} names made and indexed in {seconds:.0f} s of processor time, "
+                f"{size / 2**20:.0f} MiB on disk"
+            )
             start = time.perf_counter()
             index = ConceptIndex.load(Path(folder))
             print(f"synthetic: loaded in {time.perf_counter() - start:.2f} s")
+            captions = [add_names(caption, index, number) for number, caption in enumerate(captions)]
             exact = ConceptExtractor(index, ExtractorOptions(similar_spelling=False))
             report_speed("synthetic, exact names", exact, captions)
-            report_speed("synthetic", ConceptExtractor(index), captions[: max(256, len(captions) // 8)])
+            report_speed("synthetic", ConceptExtractor(index), captions)
 
 
 def synthetic_vocabulary(num_names: int) -> Iterator[Concept]:
@@ -75,6 +80,13 @@ def synthetic_vocabulary(num_names: int) -> Iterator[Concept]:
             last = rng.integers(len(endings), size=length).tolist()
             names.append(" ".join(f"{stems[a]}o{stems[b]}{endings[c]}" for (a, b), c in zip(parts, last, strict=True)))
         yield Concept(f"S{number:07d}", names[0], (names[1],), ("T047",))
+
+
+def add_names(caption: str, index: ConceptIndex, number: int) -> str:
+    """A caption with four names of the vocabulary in it, two of them without their fifth letter."""
+    rng = np.random.default_rng(number)
+    names = [index.names[int(place)] for place in rng.integers(len(index.names), size=4)]
+    return f"{caption} Then {names[0]}, {names[1]}, {names[2][:4]}{names[2][5:]} and {names[3][:4]}{names[3][5:]}."
 
 
 def report_speed(name: str, extractor: ConceptExtractor, captions: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from scipy import sparse
 from medclip_hf.data.string_table import load_array
 
 LOWEST_SIMILARITY = 0.7  # the lists hold what thresholds from here on need
+NAMES_AT_ONCE = 50_000  # whose trigrams are counted together
 MAX_PAIRS = 500_000  # compared at once; some 100 MB
 _CHARACTER_BITS = 21  # a code point of Unicode
 
@@ -55,10 +56,7 @@ class NameNeighbours:
         Args:
             names: words of each in normal form.
         """
-        owners, codes = trigrams(names)
-        grams, gram_of = np.unique(codes, return_inverse=True)
-        pairs, counts = np.unique(owners * len(grams) + gram_of, return_counts=True)
-        owners, gram_of = np.divmod(pairs, max(len(grams), 1))
+        owners, gram_of, counts, grams = _count_trigrams(names)
         frequency = np.bincount(gram_of, minlength=len(grams))
         ranks = np.empty(len(grams), np.int32)
         by_rarity = np.lexsort((grams, frequency))
@@ -179,6 +177,24 @@ def trigrams(texts: Sequence[tuple[str, ...]]) -> tuple[Ints, NDArray[np.uint64]
     middle = codes[1:-1]
     is_inside = (middle != ord(" ")) & (middle != ord("\n")) & (codes[:-2] != ord("\n")) & (codes[2:] != ord("\n"))
     return line[is_inside].astype(np.int64), grams[is_inside]
+
+
+def _count_trigrams(names: Sequence[tuple[str, ...]]) -> tuple[Ints, Ints, Ints, NDArray[np.uint64]]:
+    """(name number, place in `grams`, count) of the distinct trigrams of each name, and `grams`, ascending."""
+    parts = []
+    for start in range(0, len(names), NAMES_AT_ONCE):
+        owners, codes = trigrams(names[start : start + NAMES_AT_ONCE])
+        grams, gram_of = np.unique(codes, return_inverse=True)
+        pairs, counts = np.unique(owners * max(len(grams), 1) + gram_of, return_counts=True)
+        owners, gram_of = np.divmod(pairs, max(len(grams), 1))
+        parts.append((owners + start, gram_of, counts, grams))
+    all_grams = np.unique(np.concatenate([grams for *_, grams in parts]))
+    return (
+        np.concatenate([owners for owners, *_ in parts]),
+        np.concatenate([np.searchsorted(all_grams, grams)[gram_of] for _, gram_of, _, grams in parts]),
+        np.concatenate([counts for _, _, counts, _ in parts]),
+        all_grams,
+    )
 
 
 def _unit_rows(
