@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -87,6 +88,31 @@ def test_a_figure_of_two_files_gives_two_marked_rows(folder):
     rows, drops = read_all(folder_source(folder, keep_retracted=True))
     assert [rows[f"PMC9000002.1/fig2.{number}"].is_compound for number in (1, 2)] == [True, True]
     assert drops["PMC9000002.1/nofile"] == "figure without file"
+
+
+def test_a_compound_figure_of_an_article_is_taken_apart_on_request(folder):
+    pixels = np.full((100, 210, 3), 255, np.uint8)
+    pixels[:, :100], pixels[:, 110:] = (200, 0, 0), (0, 0, 200)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    (folder / "PMC9000001.1" / "drawn-9000001-g001.jpg").write_bytes(buffer.getvalue())
+    rows, _ = read_all(folder_source(folder))
+    assert rows["PMC9000001.1/F1.A"].caption.startswith("Chest CT at admission. Axial image")
+    assert rows["PMC9000001.1/F1.B"].caption.startswith("Chest CT at admission. Coronal image")
+    panel = np.asarray(Image.open(io.BytesIO(rows["PMC9000001.1/F1.B"].image_bytes)))
+    assert (panel == (0, 0, 200)).all()
+    whole, _ = read_all(folder_source(folder, split_panels=False))
+    assert "PMC9000001.1/F1" in whole
+
+
+def test_files_of_a_figure_carry_the_parts_of_its_caption(folder):
+    path = folder / "PMC9000002.1" / "PMC9000002.1.xml"
+    path.write_bytes(path.read_bytes().replace(b"Two pictures.", b"Two pictures. (A) A left hand. (B) A right hand."))
+    for name in ("two-a", "two-b"):
+        (folder / "PMC9000002.1" / f"{name}.png").write_bytes(picture(file_format="PNG"))
+    rows, _ = read_all(folder_source(folder, keep_retracted=True))
+    assert rows["PMC9000002.1/fig2.B"].caption == "Two pictures. A right hand."
+    assert not rows["PMC9000002.1/fig2.B"].is_compound
 
 
 # --- what is wanted -----------------------------------------------------------------------------------------------

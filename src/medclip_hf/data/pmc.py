@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +19,8 @@ from medclip_hf.data.article_stores import (
 from medclip_hf.data.article_tarballs import TarballStore
 from medclip_hf.data.images import UnreadableImage
 from medclip_hf.data.jats import OTHER_LICENSE, Article, ArticleFigure, UnreadableArticle, parse_article
+from medclip_hf.data.panel_captions import split_caption
+from medclip_hf.data.panels import take_apart
 from medclip_hf.data.records import FigureRow
 from medclip_hf.data.stages import Drop
 
@@ -126,25 +128,37 @@ class ArticleSource:
             yield Drop("figure without file", figure.label, row_id)
             return
         known = files.metadata or ArticleMetadata()
-        is_alone = len(figure.graphics) == 1
-        for number, name in enumerate(figure.graphics, 1):
-            part_id = row_id if is_alone else f"{row_id}.{number}"
+        row = FigureRow(
+            row_id=row_id,
+            caption=figure.caption,
+            pmcid=article.pmcid,
+            pmid=article.pmid or known.pmid,
+            figure_id=figure.figure_id,
+            license=figure.license or known.license or article.license,
+            cited_in=figure.cited_in,
+        )
+        for part, name in self._one_row_a_file(row, figure.graphics):
             try:
-                content = files.open_graphic(name)
+                part = replace(part, image_bytes=files.open_graphic(name))
             except UnreadableImage as error:
-                yield Drop(error.reason, error.detail, part_id)
+                yield Drop(error.reason, error.detail, part.row_id)
                 continue
-            yield FigureRow(
-                row_id=part_id,
-                caption=figure.caption,
-                image_bytes=content,
-                pmcid=article.pmcid,
-                pmid=article.pmid or known.pmid,
-                figure_id=figure.figure_id,
-                license=figure.license or known.license or article.license,
-                is_compound=not is_alone,
-                cited_in=figure.cited_in,
-            )
+            yield from take_apart(part) if self.split_panels and len(figure.graphics) == 1 else (part,)
+
+    def _one_row_a_file(self, row: FigureRow, names: Sequence[str]) -> Iterator[tuple[FigureRow, str]]:
+        """A row without its picture, and the name of that, for each file of a figure.
+
+        Several files carry the parts of the caption where there are as many of these, else all of it.
+        """
+        parts = split_caption(row.caption) if self.split_panels else ()
+        for number, name in enumerate(names):
+            if len(names) == 1:
+                yield row, name
+            elif len(parts) == len(names):
+                part = parts[number]
+                yield replace(row, row_id=f"{row.row_id}.{part.letter}", caption=part.text, panel=part.letter), name
+            else:
+                yield replace(row, row_id=f"{row.row_id}.{number + 1}", is_compound=True), name
 
 
 def _unmentioned(files: ArticleFiles, article: Article) -> list[str]:
