@@ -25,6 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python scripts/demo_conceptclip.py --output $(DEMO_OUTPUT)/conceptclip
+	$(BIN)/python scripts/demo_fvlm.py --output $(DEMO_OUTPUT)/fvlm
 
 # One thread a worker: the tests are many and small.
 test: install

@@ -16,10 +16,8 @@ Pixels = NDArray[np.uint8]
 
 DISPLAY_WINDOW_HU = (-1150.0, 350.0)  # the published model's own: lungs and soft tissue in one picture
 ANATOMY_COLOUR, FINDING_COLOUR = "#00e5ff", "#ffd400"
-_STYLES: tuple[Literal["solid", "dashed"], ...] = (
-    "solid",
-    "dashed",
-)  # of the anatomy and the finding, which may share a border
+# Of the anatomy and the finding, which may share a border.
+_STYLES: tuple[Literal["solid", "dashed"], ...] = ("solid", "dashed")
 _VIEW_INCHES, _MAX_VIEW_RATIO, _DPI = 3.6, 2.0, 110  # width of a view, and its height against that at most
 _AXIAL, _CORONAL = 0, 1  # the axis that a view is a slice of
 
