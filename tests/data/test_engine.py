@@ -298,6 +298,44 @@ def test_tables_of_other_kinds_give_the_same_rows(source, finished, tmp_path, su
         assert list(read_figure_rows(find_shards(tmp_path / "out", split))) == expected
 
 
+def test_images_stored_in_a_parquet_table_are_read(finished, tmp_path):
+    (table,) = find_shards(finished[0], "test")
+    report = build_medconcept(settings(table, tmp_path))
+    rows = [row for split in ("train", "test") for row in read_figure_rows(find_shards(tmp_path, split))]
+    expected = list(read_figure_rows([table]))
+    assert report.tally.kept == len(expected)
+    assert {row.row_id: row.image_bytes for row in rows} == {row.row_id: row.image_bytes for row in expected}
+
+
+def test_hostile_lines_are_dropped_and_the_others_read(source, tmp_path):
+    good = json.dumps(
+        {"image": "1.jpg", "caption": "Chest CT with \ud800 a mass.", "row_id": "a\udfff", "pmcid": "\x07P"}
+    )
+    table = tmp_path / "table.jsonl"
+    lines = [
+        good.encode(),
+        b'{"caption": "\xff\xfe"}',
+        b"[" * 100_000,
+        b'{"caption": "' + b"x" * 5_000_000 + b'"}',
+        b"",
+    ]
+    table.write_bytes(b"\n".join(lines) + b"\n")
+    given = SourceSettings("table", str(table), str(source.parent))
+    report = build_medconcept(settings(table, tmp_path / "out", source=given))
+    (row,) = read_figure_rows(find_shards(tmp_path / "out", "train"))
+    assert (row.row_id, row.caption, row.pmcid) == ("a", "Chest CT with a mass.", "P")
+    assert report.tally.dropped == {"line not readable": 4}
+
+
+def test_a_csv_field_without_end_costs_no_run(source, tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text('image,caption\n1.jpg,Chest CT with a mass.\n2.jpg,"' + "no end " * 700_000)
+    given = SourceSettings("table", str(table), str(source.parent))
+    report = build_medconcept(settings(table, tmp_path / "out", source=given))
+    assert report.tally.kept == 1
+    assert report.tally.dropped.total() >= 1
+
+
 def test_an_error_nobody_thought_of_costs_one_item(source, finished, tmp_path, monkeypatch):
     from medclip_hf.data import engine_steps
 

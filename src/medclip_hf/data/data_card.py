@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import yaml
 from PIL import Image
@@ -26,8 +27,31 @@ MAX_TABLE_ROWS = 25
 NUM_EXAMPLES = 24
 THUMBNAIL_SIDE = 200  # pixels
 EXAMPLES_PER_ROW = 6
+NAMES_AT_ONCE = 500_000
 
 Table = tuple[str, list[str], list[list[str]]]  # title, column names, rows
+
+
+class DistinctCount:
+    """How many different names were added, at 8 bytes each: a set of six million texts takes a gigabyte."""
+
+    def __init__(self) -> None:
+        self._known = np.zeros(0, np.uint64)
+        self._new: list[int] = []
+
+    def add(self, name: str) -> None:
+        """Count a name, if it is new."""
+        self._new.append(short_digest(name))
+        if len(self._new) >= NAMES_AT_ONCE:
+            self._merge()
+
+    def __len__(self) -> int:
+        self._merge()
+        return len(self._known)
+
+    def _merge(self) -> None:
+        self._known = np.union1d(self._known, np.array(self._new, np.uint64))
+        self._new = []
 
 
 @dataclass
@@ -35,7 +59,7 @@ class DataSummary:
     """Counts over a data set, taken row by row."""
 
     figures: Counter[str] = field(default_factory=Counter)  # by split
-    articles: set[int] = field(default_factory=set)  # digests
+    articles: DistinctCount = field(default_factory=lambda: DistinctCount())
     licenses: Counter[str] = field(default_factory=Counter)
     modalities: Counter[str] = field(default_factory=Counter)
     concepts: Counter[str] = field(default_factory=Counter)  # by concept, "name (cui)"
@@ -49,7 +73,7 @@ class DataSummary:
         """Count one row."""
         self.figures[split] += 1
         if record["pmcid"]:
-            self.articles.add(short_digest(record["pmcid"]))
+            self.articles.add(record["pmcid"])
         self.licenses[record["license"] or "not stated"] += 1
         self.modalities[record["modality"] or "not named"] += 1
         self.num_compound += bool(record.get("is_compound"))
