@@ -295,7 +295,11 @@ def make_evaluate_fn(
         embeddings = embed_findings(model, processor.tokenizer, findings)
         scored = torch.full((len(mine), 2, len(findings)), torch.nan)
         for place, row in enumerate(mine):
-            volume, mask = load_scan(dataset, row, processor)
+            try:
+                volume, mask = load_scan(dataset, row, processor)
+            except ValueError as error:  # its row stays NaN, which counts nowhere
+                logger.warning("validation scan %s is set aside: %s", row.scan_id, error)
+                continue
             scores = score_scan(model, volume, mask, embeddings, protocol=section.protocol, window_size_dhw=window)
             labels = dict(row.labels)
             scored[place] = torch.tensor([[scores[f.name] for f in findings], [labels[f.name] for f in findings]])
@@ -304,7 +308,9 @@ def make_evaluate_fn(
         areas = {finding.name: area_of(scored[:, :, place]) for place, finding in enumerate(findings)}
         known = {name: area for name, area in areas.items() if area is not None}
         named = {f"auc_{name.lower().replace(' ', '_')}": area for name, area in known.items()}
-        return {"mean_auc": float(np.mean(list(known.values()))), **named, "num_scans": float(len(scored))}
+        num_set_aside = int(scored[:, 1].isnan().all(dim=1).sum())
+        mean = {"mean_auc": float(np.mean(list(known.values())))} if known else {}
+        return mean | named | {"num_scans": float(len(scored)), "num_scans_set_aside": float(num_set_aside)}
 
     return evaluate
 

@@ -51,7 +51,7 @@ def script():
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Drawn torsos, through the CT engine: one scan of the training split is damaged."""
+    """Drawn torsos, through the CT engine: one study of either split is damaged."""
     folder = tmp_path_factory.mktemp("prepared")
     drawn = TorsoSettings(in_plane_size=32, slice_spacing_mm=(12.0, 12.0), max_studies=1, prevalence=0.4)
     settings = EngineSettings(contract=GeometryContract(spacing_mm_dhw=SPACING_MM))
@@ -59,7 +59,7 @@ def prepared(tmp_path_factory):
         write_ct_rate(folder / "ct_rate", NUM_PATIENTS[split], split=split, settings=drawn)
         sources = ct_rate_sources(folder / "ct_rate", ours)
         prepare_scans(sources, folder / "prepared", ours, settings, show_progress=False)
-    for shard in (folder / "prepared/volumes/train").glob("train_3_a_*.zarr/image/c/0/0/0"):
+    for shard in (folder / "prepared/volumes").glob("*/*_3_a_*.zarr/image/c/0/0/0"):
         shard.write_bytes(shard.read_bytes()[:50])
     return folder / "prepared"
 
@@ -115,6 +115,7 @@ def test_validation_reports_the_zero_shot_auc_of_each_finding_and_their_mean(fir
     assert len(areas) >= 3
     assert validations[0]["validation_mean_auc"] == pytest.approx(sum(areas) / len(areas))
     assert validations[0]["validation_num_scans"] == NUM_PATIENTS["valid"]
+    assert validations[0]["validation_num_scans_set_aside"] == 1
 
 
 def test_a_damaged_scan_is_set_aside_and_named(first_run):
