@@ -227,3 +227,19 @@ def test_elements_nested_beyond_use_are_refused():
 
 def test_a_file_above_the_limit_is_refused_unread():
     assert reason_of(b" " * (MAX_XML_BYTES + 1)) == "XML too large"
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("caption", ["<sup/>" * 200_000, "[" * 500_000, "<p><sup>1</sup></p>" * 50_000])
+def test_hostile_repetition_takes_time_that_grows_with_its_length(caption):
+    parse_article(article_with(f"<p>{caption}</p>"))
+
+
+@pytest.mark.timeout(20)
+def test_hostile_latex_takes_time_that_grows_with_its_length():
+    parse_article(article_with("<p><tex-math>" + "\\begin{document}" * 50_000 + "</tex-math></p>"))
+
+
+def test_endless_figures_are_refused():
+    figures = "<fig/>" * 2001
+    assert reason_of(f"<article><body>{figures}</body></article>".encode()) == "article with too many figures"

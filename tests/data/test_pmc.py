@@ -169,6 +169,20 @@ def test_articles_of_one_flat_folder_and_of_deep_ones_have_distinct_names(tmp_pa
     assert names == ["article", "00/a1/article", "00/a2/article"]
 
 
+def test_pictures_of_other_articles_in_a_flat_folder_are_no_strays(tmp_path):
+    shutil.copy(ARTICLES / "PMC9000001.1.xml", tmp_path / "first.xml")
+    shutil.copy(ARTICLES / "PMC9000001.1.xml", tmp_path / "second.xml")
+    (tmp_path / "of-a-third.jpg").write_bytes(picture())
+    assert "file belongs to no figure" not in read_all(folder_source(tmp_path))[1].values()
+
+
+def test_a_file_and_a_folder_of_one_name_are_two_articles(tmp_path):
+    (tmp_path / "a").mkdir()
+    for path in ("a.xml", "a/a.xml"):
+        shutil.copy(ARTICLES / "PMC9000001.1.xml", tmp_path / path)
+    assert [item["name"] for item in folder_source(tmp_path).list_items()] == ["a.xml", "a"]
+
+
 def test_broken_articles_are_dropped_and_the_others_read(folder):
     (folder / "PMC9000002.1" / "PMC9000002.1.xml").write_bytes(b"<article>")
     (folder / "empty").mkdir()

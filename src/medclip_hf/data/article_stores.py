@@ -83,11 +83,14 @@ class Graphics:
     Args:
         names: of the files that lie there.
         read: gives the bytes of one of them.
+        are_shared: whether files of other articles lie among them.
     """
 
-    def __init__(self, names: Iterable[str], read: Callable[[str], bytes]) -> None:
+    def __init__(self, names: Iterable[str], read: Callable[[str], bytes], are_shared: bool = False) -> None:
         self.names = tuple(names)
+        self.are_shared = are_shared
         self._read = read
+        self._by_lower = {name.lower(): name for name in reversed(self.names)}
 
     def __call__(self, name: str) -> bytes:
         """The bytes of the file that an article calls `name`.
@@ -105,7 +108,7 @@ class Graphics:
         """
         if ".." in PureWindowsPath(name).parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
             raise UnreadableImage("image path outside its folder", f"{name[:200]!r}")
-        files = {file.lower(): file for file in reversed(self.names)}
+        files = self._by_lower
         wanted = PureWindowsPath(name).name.lower()
         stem, suffix = _split_suffix(wanted)
         exact = [] if suffix in DRAWING_SUFFIXES else [name.lower(), wanted]
@@ -174,7 +177,8 @@ class FolderStore:
             place = Path(parent).relative_to(self.folder)
             for file in _article_files(place.name or self.folder.name, files):
                 path = PurePosixPath(place.as_posix()) / file
-                yield ArticleRef(_name_of(path), path.as_posix(), pmcid_in(path.as_posix()))
+                name = path.as_posix() if path.stem in folders else _name_of(path)
+                yield ArticleRef(name, path.as_posix(), pmcid_in(path.as_posix()))
 
     def read_article(self, ref: ArticleRef, check: KeepArticle | None = None) -> ArticleFiles:
         """One article."""
@@ -190,7 +194,9 @@ class FolderStore:
             raise UnreadableArticle(error.reason.replace("image", "XML", 1), error.detail) from error
         except OSError as error:
             raise UnreadableArticle("folder unreadable", f"{place}: {error.strerror}") from error
-        return ArticleFiles(content, Graphics(names, lambda name: read_file(path_inside(place, name))), metadata)
+        are_shared = place.name != xml_path.stem and sum(name.lower().endswith(XML_SUFFIXES) for name in names) > 1
+        graphics = Graphics(names, lambda name: read_file(path_inside(place, name)), are_shared)
+        return ArticleFiles(content, graphics, metadata)
 
     def _metadata(self, path: Path) -> ArticleMetadata | None:
         if not path.is_file():

@@ -19,6 +19,8 @@ from defusedxml.ElementTree import DefusedXMLParser
 from medclip_hf.data.jats_text import XLINK_HREF, all_text, caption_text
 
 MAX_XML_BYTES = 48 * 2**20  # the tree takes about ten times as much memory
+MAX_FIGURES = 2000
+MAX_SHARED_CHARS = 20_000  # of the caption of a group, which each of its figures repeats
 _PROLOG_CHUNK = 4096
 
 _CC_LICENSE = re.compile(r"creativecommons\.org/licen[sc]es/(by(?:-(?:nc|nd|sa))*|sampling\+|devnations)", re.I)
@@ -251,9 +253,12 @@ def _parts(article: ElementTree.Element) -> Iterator[ElementTree.Element]:
 def _figures(article: ElementTree.Element) -> Iterator[ArticleFigure]:
     cited_in = _citations(article)
     group_of = _groups(article)
+    shared_caption = {group: _caption(group)[:MAX_SHARED_CHARS] for group in dict.fromkeys(group_of.values())}
     used: set[str] = set()
     for part in _parts(article):
         for figure in part.iter("fig"):
+            if len(used) >= MAX_FIGURES:
+                raise UnreadableArticle("article with too many figures", f"more than {MAX_FIGURES:,}")
             group = group_of.get(figure)
             xml_id = figure.get("id", "").strip()
             group_id = "" if group is None else group.get("id", "")
@@ -261,7 +266,7 @@ def _figures(article: ElementTree.Element) -> Iterator[ArticleFigure]:
             yield ArticleFigure(
                 figure_id=_unused(xml_id or f"fig{len(used) + 1}", used),
                 label=_label(figure) or ("" if group is None else _label(group)),
-                caption=" ".join(filter(None, ("" if group is None else _caption(group), _caption(figure)))),
+                caption=" ".join(filter(None, ("" if group is None else shared_caption[group], _caption(figure)))),
                 graphics=tuple(_graphics(figure)),
                 cited_in=tuple(sections),
                 license=_license(figure.find("permissions")),

@@ -31,6 +31,7 @@ _SENTENCE_END = (".", "?", "!", ":", ";", ",")
 _CLOSING = (")", "]", *_SENTENCE_END)
 _LONE_LETTER = re.compile(r"[A-Za-z]")
 
+MAX_TEX_CHARS = 20_000  # with the preamble that some publishers repeat in every formula
 _DOCUMENT = re.compile(r"\\begin\{document\}(.*?)\\end\{document\}", re.S)
 _TEX_COMMAND = re.compile(r"\\([A-Za-z]+)")
 _TEX_SIGNS = {
@@ -64,15 +65,13 @@ def _one_line(pieces: list[str]) -> str:
 
 def _pieces(element: Element, is_caption: bool) -> list[str]:
     """Texts of an element and what is inside, without its tail."""
-    pieces = [element.text or ""]
+    pieces = [element.text] if element.text else []
     for child in element:
         tag = child.tag
         if tag in _UNSAID and is_caption:
             inside: list[str] = []
-        elif tag in _FORMULAE:
-            inside = [f" {formula_text(child)} " if tag == "disp-formula" else formula_text(child)]
-        elif tag == f"{_MATHML}math" or tag == "tex-math":
-            inside = [formula_text(child)]
+        elif tag in _FORMULAE or tag == f"{_MATHML}math" or tag == "tex-math":
+            inside = [text] if (text := formula_text(child)) else []
         elif tag == "alternatives":
             inside = _first_with_text(child, is_caption)
         elif is_caption and tag == "xref" and _is_mark(child):
@@ -82,14 +81,11 @@ def _pieces(element: Element, is_caption: bool) -> list[str]:
         if tag == "title" and is_caption:
             inside = [_ended("".join(inside))]
         elif tag == "sup":
-            inside = _raised(_last(pieces), "".join(inside))
+            inside = _raised(pieces[-1] if pieces else "", "".join(inside))
+        inside = [piece for piece in inside if piece]
         pieces += [" ", *inside, " "] if tag in _BLOCKS else inside
         pieces += _tail(child, inside)
     return pieces
-
-
-def _last(pieces: list[str]) -> str:
-    return next((piece for piece in reversed(pieces) if piece), "")
 
 
 def _first_with_text(alternatives: Element, is_caption: bool) -> list[str]:
@@ -124,8 +120,8 @@ def _tail(child: Element, inside: list[str]) -> list[str]:
     """The text after a child, apart where type setting alone parted it: ``<bold>(A)</bold>Axial``."""
     tail = child.tail or ""
     if not tail[:1].isalpha() or child.tag in ("sub", "sup"):
-        return [tail]
-    last = _last(inside)
+        return [tail] if tail else []
+    last = inside[-1] if inside else ""
     is_letter = child.tag == "bold" and inside == [last] and bool(_LONE_LETTER.fullmatch(last))
     is_apart = last[-1:] in _CLOSING or (is_letter and tail[0].isupper() and tail[1:2].islower())
     return [" ", tail] if is_apart else [tail]
@@ -178,6 +174,7 @@ def _bracketed(text: str) -> str:
 
 def _tex(source: str) -> str:
     r"""LaTeX without its commands of layout: ``$$\alpha = 0.05$$`` gives ``α = 0.05``."""
+    source = source[:MAX_TEX_CHARS]
     document = _DOCUMENT.search(source)
     text = document[1] if document else source
     text = re.sub(r"\\[,;:! ]", " ", text)

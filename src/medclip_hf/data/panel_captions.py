@@ -9,7 +9,7 @@ from dataclasses import dataclass
 MAX_PANELS = 26
 _MAX_CHARS = 20_000  # of a caption; longer ones are tables, and are not searched
 
-_LETTERS = r"[A-Za-z](?:\s*(?:,|;|&|and|to|through|-|–|—|,\s*and)\s*[A-Za-z])*"
+_LETTERS = rf"[A-Za-z](?:\s*(?:,|;|&|and|to|through|-|–|—|,\s*and)\s*[A-Za-z]){{0,{MAX_PANELS}}}"
 _BRACKETED = re.compile(rf"\((?:[Pp]anels?\s+)?({_LETTERS})\)\s*[:.,]?\s*")
 _BARE = re.compile(rf"(?<![\w(])(?:[Pp]anels?\s+)?({_LETTERS})\s?([,:.)])\s+")
 _SEPARATOR = re.compile(r"\s*(,\s*and|,|;|&|and|to|through|-|–|—)\s*")

@@ -163,6 +163,8 @@ class ArticleSource:
 
 def _unmentioned(files: ArticleFiles, article: Article) -> list[str]:
     """Picture files of which the article says nothing, not even under another suffix (thumbnails, conversions)."""
+    if files.open_graphic.are_shared:
+        return []
     mentioned = {_stem(name) for name in article.file_names}
     pictures = (name for name in files.open_graphic.names if name.lower().endswith(IMAGE_SUFFIXES))
     return [name for name in pictures if _stem(name) not in mentioned]
