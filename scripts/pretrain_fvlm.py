@@ -12,6 +12,8 @@ SIGINT ends the run after the step with a checkpoint, and with exit code 143 or 
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -160,11 +162,14 @@ def run(recipe: dict[str, Any], sections: dict[str, Any], resume: bool | Path, a
     data, loss, arguments = sections["data"], sections["loss"], sections["training"]
 
     set_seed(arguments.seed)
-    config = read_config(sections["model"])
+    with what_is_named("model"):
+        config = read_config(sections["model"])
     dataset = open_split(data, data.train_split, config, arguments.seed)
-    model, processor = build_model_and_processor(sections["model"], config, dataset, data.max_length)
+    with what_is_named("model"):
+        model, processor = build_model_and_processor(sections["model"], config, dataset, data.max_length)
     collator = ScanCollator(processor, data.max_length, reduce_false_negatives=loss.reduce_false_negatives)
-    objective = build_objective(loss, model)
+    with what_is_named("loss"):
+        objective = build_objective(loss, model)
 
     evaluate_fn = None
     if data.validation_split is not None:
@@ -183,6 +188,16 @@ def run(recipe: dict[str, Any], sections: dict[str, Any], resume: bool | Path, a
         recipe=recipe,
         accelerator=accelerator,
     )
+
+
+@contextmanager
+def what_is_named(section: str) -> Iterator[None]:
+    """Tells a folder or file that a section names wrongly as the caller's mistake."""
+    try:
+        yield
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"what the section '{section}' names cannot be loaded: {reason}") from error
 
 
 def read_config(section: ModelSection) -> FVLMConfig:

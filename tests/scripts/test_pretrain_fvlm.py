@@ -199,6 +199,9 @@ def test_scans_of_another_geometry_are_refused(script, prepared, first_run):
         ({"model__config__anatomies": "[lung, liver]"}, "liver"),
         ({"model__from_pretrained": "folder"}, "comes alone"),
         ({"data__whole_volume": "true"}, "one vector a scan"),
+        ({"model__vision_weights": "nowhere.pth"}, "nowhere.pth"),
+        ({"model__text_tower": "/nowhere/bert"}, "section 'model'"),
+        ({"loss__abnormal": "peer", "loss__peer_model": "/nowhere/peer"}, "section 'loss'"),
     ],
 )
 def test_mistakes_end_with_one_line_that_names_them(script, prepared, tmp_path, capsys, values, message):
