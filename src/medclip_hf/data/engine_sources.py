@@ -16,6 +16,7 @@ from medclip_hf.data.engine_settings import SourceSettings
 from medclip_hf.data.images import UnreadableImage, path_inside, read_file
 from medclip_hf.data.language import clean_caption
 from medclip_hf.data.medconcept import MAX_LINE_BYTES, iter_lines
+from medclip_hf.data.panels import take_apart
 from medclip_hf.data.pmc import ArticleSource, open_store
 from medclip_hf.data.records import FigureRow
 from medclip_hf.data.stages import Drop
@@ -49,7 +50,8 @@ def open_source(settings: SourceSettings) -> ItemSource:
         ValueError: where there is nothing at its path, or a licence has no such name.
     """
     if settings.kind == "table":
-        return TableSource(Path(settings.path), Path(settings.images) if settings.images else None)
+        images = Path(settings.images) if settings.images else None
+        return TableSource(Path(settings.path), images, split_panels=settings.split_panels)
     return ArticleSource(
         open_store(settings.kind, settings.path),
         licenses=settings.licenses,
@@ -65,13 +67,15 @@ class TableSource:
         path: of the table, with a column for the image (a path below `images`; in Parquet also the file's bytes, as
             `datasets` stores them) and one for the caption.
         images: folder that image paths start from; that of the table by default.
+        split_panels: take compound figures apart where caption and picture agree on the panels.
 
     Raises:
         ValueError: where there is no such file or folder.
     """
 
-    def __init__(self, path: Path, images: Path | None = None) -> None:
+    def __init__(self, path: Path, images: Path | None = None, split_panels: bool = True) -> None:
         self.path = path
+        self.split_panels = split_panels
         self.images = images or path.parent
         if not path.is_file():
             raise ValueError(f"no table at {path}: name a CSV, JSON lines or Parquet file")
@@ -103,7 +107,8 @@ class TableSource:
             yield Drop(error.reason, error.detail, row_id)
             return
         texts: dict[str, Any] = {name: _first(line, keys) for name, keys in TEXT_FIELDS.items()}
-        yield FigureRow(row_id, caption, image_bytes=content, **texts)
+        row = FigureRow(row_id, caption, image_bytes=content, **texts)
+        yield from take_apart(row) if self.split_panels else (row,)
 
     def _read_image(self, item: Item) -> bytes:
         name = _first(item["line"], IMAGE_KEYS)
