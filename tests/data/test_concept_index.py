@@ -33,7 +33,7 @@ def scikit_cosines(names: list[tuple[str, ...]], mentions: list[tuple[str, ...]]
 def test_similarities_are_those_of_scispacy_and_none_above_the_threshold_is_missed() -> None:
     names = random_names(1500, seed=1)
     cosines = scikit_cosines(names, names[:300])
-    found = NameNeighbours.build(names).nearest(names[:300], 0.8, same_num_words=False)
+    found = NameNeighbours.build(names).nearest(names[:300], 0.8, same_shape=False)
     for mention, near in enumerate(found):
         assert {name for name, _ in near} >= set(np.flatnonzero(cosines[mention] >= 0.8 + 1e-5))
         assert {name for name, _ in near} <= set(np.flatnonzero(cosines[mention] >= 0.8 - 1e-5))
@@ -46,6 +46,12 @@ def test_trigrams_that_no_name_has_lower_the_similarity() -> None:
     ((_, other),) = neighbours.nearest([("meningiomaq",)], 0.7, True)[0]
     assert same == pytest.approx(1)
     assert other < 0.95
+
+
+def test_names_of_another_shape_are_left_out_where_asked() -> None:
+    names = [("lung", "cancer"), ("sung", "cancer"), ("lung", "cancer", "of"), ("lung", "cancers")]
+    near = NameNeighbours.build(names).nearest([("lung", "cancer")], 0.7, same_shape=True)[0]
+    assert [name for name, _ in near] == [0, 3]
 
 
 @pytest.mark.parametrize("mentions", [[], [()], [("zzz",)], [("a",)]])

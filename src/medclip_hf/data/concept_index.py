@@ -37,7 +37,7 @@ from medclip_hf.data.string_table import StringTable, load_array
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_NAME_CHARS = 200  # of a vocabulary name; longer ones are sentences
 
 

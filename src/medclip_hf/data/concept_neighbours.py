@@ -19,6 +19,7 @@ from scipy import sparse
 from medclip_hf.data.string_table import load_array
 
 LOWEST_SIMILARITY = 0.7  # the lists hold what thresholds from here on need
+MIN_LENGTH_RATIO = 0.7  # of the letters of two texts of the same shape
 NAMES_AT_ONCE = 50_000  # whose trigrams are counted together
 MAX_PAIRS = 500_000  # compared at once; some 100 MB
 _CHARACTER_BITS = 21  # a code point of Unicode
@@ -36,7 +37,8 @@ class NameNeighbours:
         idf: (num_grams,) by rank; the last entry stands for a trigram that no name has.
         indptr, indices, data: rows of the vectors, sparse; indices are ranks, ascending.
         lists_ptr, lists: names by rank.
-        num_words: (num_names,)
+        num_words, num_chars: (num_names,)
+        initials: (num_names,) code of the first letter.
     """
 
     grams: NDArray[np.uint64]
@@ -48,6 +50,8 @@ class NameNeighbours:
     lists_ptr: Ints
     lists: NDArray[np.int32]
     num_words: NDArray[np.int32]
+    num_chars: NDArray[np.int32]
+    initials: NDArray[np.int32]
 
     @classmethod
     def build(cls, names: Sequence[tuple[str, ...]]) -> NameNeighbours:
@@ -76,43 +80,41 @@ class NameNeighbours:
             data=data.astype(np.float32),
             lists_ptr=np.concatenate([[0], np.cumsum(per_rank)]).astype(np.int64),
             lists=rows[order].astype(np.int32),
-            num_words=np.array([len(words) for words in names], np.int32),
+            **_shapes(names),
         )
 
     def nearest(
-        self, mentions: Sequence[tuple[str, ...]], min_similarity: float, same_num_words: bool
+        self, mentions: Sequence[tuple[str, ...]], min_similarity: float, same_shape: bool
     ) -> list[list[tuple[int, float]]]:
         """For every mention the (name number, cosine) of the names that reach the threshold, the nearest first.
 
         Args:
             mentions: words of each in normal form.
             min_similarity: at least `LOWEST_SIMILARITY`.
-            same_num_words: compare only with names of as many words.
+            same_shape: compare only with names of as many words that begin with the same letter and are about as long,
+                which is what variants and misspellings of a name are; some twenty times faster in a large vocabulary.
         """
         found: list[list[tuple[int, float]]] = [[] for _ in mentions]
         for start in range(0, len(mentions), 2048):
             part = mentions[start : start + 2048]
-            for mention, name, cosine in self._nearest(part, min_similarity, same_num_words):
+            for mention, name, cosine in self._nearest(part, min_similarity, same_shape):
                 found[start + mention].append((name, cosine))
         return found
 
     def _nearest(
-        self, mentions: Sequence[tuple[str, ...]], min_similarity: float, same_num_words: bool
+        self, mentions: Sequence[tuple[str, ...]], min_similarity: float, same_shape: bool
     ) -> list[tuple[int, int, float]]:
         indptr, ranks, data = self._vectors(mentions)
         is_first = _first_grams(indptr, data, min_similarity) & (ranks >= 0)
         rows = np.repeat(np.arange(len(mentions)), np.diff(indptr))
-        lengths = np.array([len(words) for words in mentions], np.int32)
+        shapes = _shapes(mentions) if same_shape else None
         is_known = ranks >= 0
         known_ptr = np.concatenate([[0], np.cumsum(np.bincount(rows[is_known], minlength=len(mentions)))])
         vectors = sparse.csr_matrix((data[is_known], ranks[is_known], known_ptr), (len(mentions), len(self.grams)))
         hits: list[tuple[int, int, float]] = []
         for first, last in _parts(np.diff(self.lists_ptr)[ranks[is_first]]):
-            pairs = self._pairs(rows[is_first][first:last], ranks[is_first][first:last])
+            pairs = self._pairs(rows[is_first][first:last], ranks[is_first][first:last], shapes)
             mention, name = np.divmod(pairs, len(self.num_words))
-            if same_num_words:
-                fits = self.num_words[name] == lengths[mention]
-                mention, name = mention[fits], name[fits]
             cosine = self._cosines(vectors, mention, name)
             is_near = cosine >= min_similarity - 1e-6
             hits += zip(mention[is_near].tolist(), name[is_near].tolist(), cosine[is_near].tolist(), strict=True)
@@ -133,13 +135,27 @@ class NameNeighbours:
         counts = np.diff(np.append(np.flatnonzero(is_new), len(owners)))
         return _unit_rows(len(mentions), owners[is_new], ranks[is_new], counts, self.idf)
 
-    def _pairs(self, rows: Ints, ranks: Ints) -> Ints:
-        """Distinct mention · num_names + name of all names in the lists of these trigrams."""
+    def _pairs(self, rows: Ints, ranks: Ints, shapes: dict[str, NDArray[np.int32]] | None) -> Ints:
+        """Distinct mention · num_names + name of all names in the lists of these trigrams.
+
+        Args:
+            rows: the mention of each trigram.
+            ranks: the trigrams.
+            shapes: of the mentions, where only names of the same shape are to be taken.
+        """
         starts, counts = self.lists_ptr[ranks], self.lists_ptr[ranks + 1] - self.lists_ptr[ranks]
         total = int(counts.sum())
         offsets = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
         names = self.lists[np.repeat(starts, counts) + offsets].astype(np.int64)
-        return np.unique(np.repeat(rows, counts) * len(self.num_words) + names)
+        mentions = np.repeat(rows, counts)
+        if shapes is not None:
+            for field in ("initials", "num_words"):
+                fits = getattr(self, field)[names] == shapes[field][mentions]
+                mentions, names = mentions[fits], names[fits]
+            one, two = self.num_chars[names], shapes["num_chars"][mentions]
+            fits = np.minimum(one, two) >= MIN_LENGTH_RATIO * np.maximum(one, two)
+            mentions, names = mentions[fits], names[fits]
+        return np.unique(mentions * len(self.num_words) + names)
 
     def _cosines(self, vectors: sparse.csr_matrix, mention: Ints, name: Ints) -> NDArray[np.float64]:
         counts = self.indptr[name + 1] - self.indptr[name]
@@ -177,6 +193,15 @@ def trigrams(texts: Sequence[tuple[str, ...]]) -> tuple[Ints, NDArray[np.uint64]
     middle = codes[1:-1]
     is_inside = (middle != ord(" ")) & (middle != ord("\n")) & (codes[:-2] != ord("\n")) & (codes[2:] != ord("\n"))
     return line[is_inside].astype(np.int64), grams[is_inside]
+
+
+def _shapes(texts: Sequence[tuple[str, ...]]) -> dict[str, NDArray[np.int32]]:
+    """Number of words, of letters, and the first letter of each text."""
+    return {
+        "num_words": np.array([len(words) for words in texts], np.int32),
+        "num_chars": np.array([sum(map(len, words)) for words in texts], np.int32),
+        "initials": np.array([ord(words[0][0]) if words else 0 for words in texts], np.int32),
+    }
 
 
 def _count_trigrams(names: Sequence[tuple[str, ...]]) -> tuple[Ints, Ints, Ints, NDArray[np.uint64]]:

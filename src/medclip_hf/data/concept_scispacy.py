@@ -48,7 +48,7 @@ class ScispacyNeighbours:
         self._num_candidates = num_candidates
 
     def nearest(
-        self, mentions: Sequence[tuple[str, ...]], min_similarity: float, same_num_words: bool
+        self, mentions: Sequence[tuple[str, ...]], min_similarity: float, same_shape: bool
     ) -> list[list[tuple[int, float]]]:
         """As `NameNeighbours.nearest`, of the names that the approximate index comes upon."""
         texts = [" ".join(words) for words in mentions]
@@ -56,7 +56,7 @@ class ScispacyNeighbours:
         for words, candidates in zip(mentions, self._generator(texts, self._num_candidates), strict=True):
             near = [(int(candidate.concept_id), float(max(candidate.similarities))) for candidate in candidates]
             near = [(name, cosine) for name, cosine in near if cosine >= min_similarity - 1e-6]
-            if same_num_words:
+            if same_shape:
                 near = [(n, cosine) for n, cosine in near if self._index.neighbours.num_words[n] == len(words)]
             found.append(sorted(near, key=lambda hit: (-hit[1], hit[0])))
         return found

@@ -278,13 +278,13 @@ class ConceptExtractor:
             if self.options.similar_spelling:
                 for first, last in _free_terms(split, covered):
                     asked.setdefault((split.normal[first : last + 1], True), []).append((number, first, last))
-        for same_num_words in (True, False):
-            terms = [term for term, is_same in asked if is_same == same_num_words]
-            near = self._neighbours.nearest(terms, self.options.min_similarity, same_num_words)
+        for same_shape in (True, False):
+            terms = [term for term, is_same in asked if is_same == same_shape]
+            near = self._neighbours.nearest(terms, self.options.min_similarity, same_shape)
             for term, names in zip(terms, near, strict=True):
                 name, similarity = self._nearest_wanted(term, names)
                 if name is not None:
-                    for number, first, last in asked[term, same_num_words]:
+                    for number, first, last in asked[term, same_shape]:
                         links[number].append(_Link(first, last, name, similarity))
 
     def _nearest_wanted(self, term: tuple[str, ...], near: Sequence[tuple[int, float]]) -> tuple[int | None, float]:
