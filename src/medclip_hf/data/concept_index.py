@@ -37,7 +37,7 @@ from medclip_hf.data.string_table import StringTable, load_array
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MAX_NAME_CHARS = 200  # of a vocabulary name; longer ones are sentences
 
 
@@ -103,6 +103,7 @@ class ConceptIndex:
         goes_on: (num_terms,) whether some name has these words and more.
         first, count: (num_terms,) where in `by_term` the names with just these words are.
         by_term: name numbers.
+        words: (num_words,) ascending, hashes of all words of names.
         neighbours: names of similar spelling.
     """
 
@@ -117,6 +118,7 @@ class ConceptIndex:
     first: NDArray[np.int64]
     count: NDArray[np.int32]
     by_term: NDArray[np.int32]
+    words: Hashes
     neighbours: NameNeighbours
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -151,6 +153,7 @@ class ConceptIndex:
             first=first,
             count=count,
             by_term=by_term,
+            words=np.unique(word_hashes([word for name in normal_names for word in name])),
             neighbours=NameNeighbours.build(normal_names),
             meta={"format": FORMAT_VERSION, "num_skipped_names": tables.num_skipped} | (meta or {}),
         )
@@ -196,6 +199,16 @@ class ConceptIndex:
         """Whether an acronym is written in the mention as it must be; true for other names."""
         return not self.acronyms[name] or agrees_in_case(self.names[name], mention)
 
+    def knows_words(self, words: Hashes) -> NDArray[np.bool_]:
+        """Which words stand in some name.
+
+        Args:
+            words: (n,) hashes.
+        """
+        place = np.searchsorted(self.words, words)
+        place[place == len(self.words)] = 0
+        return np.asarray(self.words[place] == words)
+
     def find_terms(self, words: Hashes, joins: NDArray[np.bool_]) -> Iterator[tuple[int, int, int]]:
         """Every place where the words of a name stand, as (first word, number of words, place in `hashes`).
 
@@ -221,7 +234,7 @@ class ConceptIndex:
 
 
 _TABLES = ("ids", "labels", "types", "names")
-_ARRAYS = ("concept_of", "acronyms", "hashes", "goes_on", "first", "count", "by_term")
+_ARRAYS = ("concept_of", "acronyms", "hashes", "goes_on", "first", "count", "by_term", "words")
 
 
 class _Tables:

@@ -276,7 +276,8 @@ class ConceptExtractor:
                 if (first, last) not in known:
                     asked.setdefault((split.normal[first : last + 1], False), []).append((number, first, last))
             if self.options.similar_spelling:
-                for first, last in _free_terms(split, covered):
+                is_known = self.index.knows_words(word_hashes(split.normal)).tolist()
+                for first, last in _free_terms(split, covered, is_known):
                     asked.setdefault((split.normal[first : last + 1], True), []).append((number, first, last))
         for same_shape in (True, False):
             terms = [term for term, is_same in asked if is_same == same_shape]
@@ -429,8 +430,12 @@ def _entity_words(doc: Any, words: Words) -> list[tuple[int, int]]:
     return found
 
 
-def _free_terms(words: Words, covered: set[int]) -> Iterator[tuple[int, int]]:
-    """[first, last] of runs of joined words worth a comparison: none covered, a stop word or a number."""
+def _free_terms(words: Words, covered: set[int], is_known: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """[first, last] of runs of joined words worth a comparison: none covered, a stop word or a number.
+
+    One word at least must be unknown to the vocabulary: words that are all known, but no name together, are another
+    term and not a misspelling.
+    """
     stopped = stop_words()
     is_free = [
         place not in covered and len(word) > 2 and word not in stopped and not word[0].isdigit()
@@ -442,7 +447,7 @@ def _free_terms(words: Words, covered: set[int]) -> Iterator[tuple[int, int]]:
             if not is_free[last] or (last > first and not words.joins[last - 1]):
                 break
             chars += len(words.normal[last])
-            if chars >= MIN_SIMILAR_CHARS:
+            if chars >= MIN_SIMILAR_CHARS and not all(is_known[first : last + 1]):
                 yield first, last
 
 
