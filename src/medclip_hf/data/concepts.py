@@ -395,7 +395,7 @@ def _load_pipeline(options: ExtractorOptions) -> Any:
 
 
 def _abbreviation_detector(nlp: Any) -> Any:
-    """ScispaCy's detector; one for each call, since it never gives back the memory of the patterns that it learnt."""
+    """An abbreviation detector of scispaCy, new for each call: patterns learnt from captions do not pile up."""
     try:
         from scispacy.abbreviation import AbbreviationDetector
     except ImportError as error:
