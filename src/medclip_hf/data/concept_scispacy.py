@@ -35,7 +35,7 @@ class ScispacyNeighbours:
         try:
             from scispacy.candidate_generation import CandidateGenerator, LinkerPaths
         except ImportError as error:
-            raise ImportError("scispaCy's index needs scispaCy: pip install 'medclip-hf[concepts]'") from error
+            raise ImportError("scispaCy's index needs scispaCy: pip install 'medclip-hf[medconcept]'") from error
         paths = LinkerPaths(*(str(Path(folder) / Path(file).name) for file in LinkerPaths.from_directory(Path.cwd())))
         missing = [file for file in paths if not Path(file).is_file()]
         if missing:

@@ -380,7 +380,7 @@ def _load_pipeline(options: ExtractorOptions) -> Any:
     try:
         import spacy
     except ImportError as error:
-        raise ImportError("concepts need spaCy and scispaCy: pip install 'medclip-hf[concepts]'") from error
+        raise ImportError("concepts need spaCy and scispaCy: pip install 'medclip-hf[medconcept]'") from error
     if not options.pipeline:
         return spacy.blank("en")
     try:
@@ -400,7 +400,7 @@ def _abbreviation_detector(nlp: Any) -> Any:
         from scispacy.abbreviation import AbbreviationDetector
     except ImportError as error:
         raise ImportError(
-            "abbreviations need scispaCy: pip install 'medclip-hf[concepts]', or set abbreviations=False"
+            "abbreviations need scispaCy: pip install 'medclip-hf[medconcept]', or set abbreviations=False"
         ) from error
     return AbbreviationDetector(nlp)
 
