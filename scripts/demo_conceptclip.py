@@ -11,7 +11,6 @@ import argparse
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -34,11 +33,11 @@ from medclip_hf.evaluation.retrieval import retrieval_recall
 from medclip_hf.evaluation.zero_shot import PUBLISHED_TOP_PATCHES, classify_images, embed_classes
 from medclip_hf.explain.overlay import draw_concept_panel, encode_png, save_png
 from medclip_hf.explain.report import Paragraph, Picture, Section, Table, write_report
+from medclip_hf.training.demonstration import claim_folder, start_training, wait_for
 
 logger = logging.getLogger("demo_conceptclip")
 
 SCRIPTS = Path(__file__).resolve().parent
-MARKER = ".medclip_hf_demo"
 STAGE_1, STAGE_2, IT_ALIGN_ALONE = "stage1", "stage2", "it_align_alone"
 CLASS_NAMES = [finding.name for finding in FINDINGS]
 # A caption mostly names several findings, and a prompt scores best that reads like one. Chosen on the validation split.
@@ -127,39 +126,21 @@ def parse_command_line(command_line: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(command_line)
 
 
-def claim_folder(folder: Path) -> None:
-    """Make the folder ready: new, or emptied if an earlier demo made it.
-
-    Raises:
-        ValueError: it holds something that no demo made.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: name a folder for the demo.")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / MARKER).is_file():
-            raise ValueError(f"{folder} is not empty and not of an earlier demo: name another folder.")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).touch()
-
-
 def train_all(folder: Path, plan: Plan) -> None:
     """Train stage 1; then from it, at the same time, stage 2 and as many steps of IT-Align alone."""
     num_cores = os.cpu_count() or 1
     steps_1 = [f"training.max_steps={plan.stage1_steps}"]
-    wait_for(start_training(folder, STAGE_1, "conceptclip_demo_stage1.yaml", steps_1, min(2, num_cores)))
+    wait_for(start(folder, STAGE_1, "conceptclip_demo_stage1.yaml", steps_1, min(2, num_cores)))
     source = f"model.from_pretrained={folder / STAGE_1 / 'final'}"
     steps_2 = [source, f"training.max_steps={plan.stage2_steps}"]
     alone = ["loss.use_patch_concept_alignment=false"]
-    stage_2 = start_training(folder, STAGE_2, "conceptclip_demo_stage2.yaml", steps_2, 1)
-    comparison = start_training(folder, IT_ALIGN_ALONE, "conceptclip_demo_stage2.yaml", steps_2 + alone, 1)
+    stage_2 = start(folder, STAGE_2, "conceptclip_demo_stage2.yaml", steps_2, 1)
+    comparison = start(folder, IT_ALIGN_ALONE, "conceptclip_demo_stage2.yaml", steps_2 + alone, 1)
     wait_for(stage_2, comparison)
 
 
-def start_training(
-    folder: Path, name: str, recipe: str, overrides: list[str], num_threads: int
-) -> subprocess.Popen[bytes]:
-    """A running `accelerate launch` of the training script."""
+def start(folder: Path, name: str, recipe: str, overrides: list[str], num_threads: int) -> subprocess.Popen[bytes]:
+    """A running training of the demo."""
     shows_progress = sys.stderr.isatty() and name != IT_ALIGN_ALONE  # which runs beside another bar
     overrides = [
         f"data.folder={folder / 'phantoms'}",
@@ -167,29 +148,8 @@ def start_training(
         f"training.progress_bar={str(shows_progress).lower()}",
         *overrides,
     ]
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(SCRIPTS / "launch" / "one_cpu.yaml")]
-    command += ["--num_cpu_threads_per_process", str(num_threads)]
-    command += [str(SCRIPTS / "pretrain_conceptclip.py"), "--config", str(SCRIPTS / "recipes" / recipe)]
-    command += [word for override in overrides for word in ("--set", override)]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(num_threads)})
-
-
-def wait_for(*trainings: subprocess.Popen[bytes]) -> None:
-    """Wait until all have ended; if one fails or this process is stopped, end the others too.
-
-    Raises:
-        subprocess.CalledProcessError: the first that failed.
-    """
-    try:
-        for training in trainings:
-            if training.wait():
-                raise subprocess.CalledProcessError(training.returncode, list(training.args))  # type: ignore[arg-type]
-    finally:
-        for training in trainings:
-            if training.poll() is None:
-                training.terminate()
-                training.wait()
+    script = SCRIPTS / "pretrain_conceptclip.py"
+    return start_training(script, SCRIPTS / "recipes" / recipe, overrides, num_threads=num_threads)
 
 
 def measure(folder: Path, plan: Plan) -> str:
@@ -215,7 +175,7 @@ def measure(folder: Path, plan: Plan) -> str:
 
     tables = [summary_table(evaluations, blind_guess, plan), finding_table(evaluations)]
     report = write_demo_report(folder / "report.html", tables, pictures, plan)
-    text = "\n\n".join(as_text(table) for table in tables)
+    text = "\n\n".join(table.as_text() for table in tables)
     return f"\n{text}\n\nPictures: {folder / 'pictures'}\nReport: {report}"
 
 
@@ -314,18 +274,18 @@ def summary_table(evaluations: dict[str, Evaluation], blind_guess: float, plan: 
     rows = [
         [
             "Zero-shot AUC, mean over findings, published mixed score",
-            *(ci(e.mixed.macro) for e in evaluations.values()),
+            *(e.mixed.macro.as_text() for e in evaluations.values()),
         ],
         [
             "Zero-shot AUC, mean over findings, global score alone",
-            *(ci(e.global_only.macro) for e in evaluations.values()),
+            *(e.global_only.macro.as_text() for e in evaluations.values()),
         ],
         [
             "Zero-shot AUC, mean over findings, local score alone",
-            *("none" if e.local_only is None else ci(e.local_only.macro) for e in evaluations.values()),
+            *("none" if e.local_only is None else e.local_only.macro.as_text() for e in evaluations.values()),
         ],
         [f"Image → text recall@1, {plan.num_gallery} pairs", *(f"{e.recall_at_1:.0%}" for e in evaluations.values())],
-        ["Peak of the map inside the true region", *(ci(e.pointing, "{:.0%}") for e in evaluations.values())],
+        ["Peak of the map inside the true region", *(e.pointing.as_text("{:.0%}") for e in evaluations.values())],
     ]
     caption = (
         f"{plan.num_test} held-out figures; 95 % intervals by bootstrap over figures. A blind guess points into the "
@@ -335,24 +295,8 @@ def summary_table(evaluations: dict[str, Evaluation], blind_guess: float, plan: 
 
 def finding_table(evaluations: dict[str, Evaluation]) -> Table:
     """One row a finding: AUC of the mixed score."""
-    rows = [[name, *(ci(e.mixed.per_class[name]) for e in evaluations.values())] for name in CLASS_NAMES]
+    rows = [[name, *(e.mixed.per_class[name].as_text() for e in evaluations.values())] for name in CLASS_NAMES]
     return Table(["AUC per finding, mixed score", *evaluations], rows, "Zero-shot AUC of the published mixed score.")
-
-
-def ci(interval: Interval, form: str = "{:.3f}") -> str:
-    """A figure and its interval as text."""
-    if interval.value is None:
-        return "undefined"
-    if interval.low is None or interval.high is None:
-        return form.format(interval.value)
-    return f"{form.format(interval.value)} ({form.format(interval.low)}–{form.format(interval.high)})"
-
-
-def as_text(table: Table) -> str:
-    """The table for a terminal."""
-    lines = [list(table.header), *(list(row) for row in table.rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(table.header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def write_demo_report(path: Path, tables: list[Table], pictures: list[NDArray[np.uint8]], plan: Plan) -> Path:

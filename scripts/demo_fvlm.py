@@ -12,7 +12,6 @@ import argparse
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -54,12 +53,12 @@ from medclip_hf.evaluation.metrics import (
 from medclip_hf.explain.ct_overlay import ScoredFinding, draw_ct_finding
 from medclip_hf.explain.overlay import encode_png, save_png
 from medclip_hf.explain.report import Paragraph, Picture, Section, Table, write_report
+from medclip_hf.training.demonstration import claim_folder, start_training, wait_for
 from medclip_hf.training.scan_datasets import ScanDataset
 
 logger = logging.getLogger("demo_fvlm")
 
 SCRIPTS = Path(__file__).resolve().parent
-MARKER = ".medclip_hf_demo"
 SPACING_MM = (8.0, 8.0, 8.0)
 BODY = "body"
 
@@ -205,22 +204,6 @@ def parse_command_line(command_line: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(command_line)
 
 
-def claim_folder(folder: Path) -> None:
-    """Make the folder ready: new, or emptied if an earlier demo made it.
-
-    Raises:
-        ValueError: it holds something that no demo made.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: name a folder for the demo.")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / MARKER).is_file():
-            raise ValueError(f"{folder} is not empty and not of an earlier demo: name another folder.")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).touch()
-
-
 def draw(folder: Path, plan: Plan) -> None:
     """Write the torsos of both splits as a CT-RATE tree."""
     for split, count in (("train", plan.num_train_patients), ("valid", plan.num_test_patients)):
@@ -257,13 +240,8 @@ def run_training(folder: Path, variant: Variant, plan: Plan) -> None:
         f"training.batch_size_per_process={plan.batch_size // plan.num_processes}",
         *variant.overrides,
     ]
-    launch_config = "cpu_processes.yaml" if plan.num_processes > 1 else "one_cpu.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(SCRIPTS / "launch" / launch_config)]
-    command += ["--num_processes", str(plan.num_processes), "--num_cpu_threads_per_process", "1"]
-    command += [str(SCRIPTS / "pretrain_fvlm.py"), "--config", str(SCRIPTS / "recipes" / "fvlm_demo.yaml")]
-    command += [word for override in overrides for word in ("--set", override)]
-    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    recipe = SCRIPTS / "recipes" / "fvlm_demo.yaml"
+    wait_for(start_training(SCRIPTS / "pretrain_fvlm.py", recipe, overrides, num_processes=plan.num_processes))
 
 
 def measure(folder: Path, plan: Plan) -> str:
@@ -292,7 +270,7 @@ def measure(folder: Path, plan: Plan) -> str:
 
     tables = [finding_table(areas, areas_published, scans), gain_table(gains)]
     report = write_demo_report(folder / "report.html", tables, pictures, plan)
-    text = "\n\n".join(as_text(table) for table in tables)
+    text = "\n\n".join(table.as_text() for table in tables)
     return f"\n{text}\n\nPictures: {folder / 'pictures'}\nReport: {report}"
 
 
@@ -407,11 +385,11 @@ def draw_scan(folder: Path, source: ScanSource, scored: ScoredFinding) -> NDArra
 def finding_table(areas: dict[str, ClassAUROC], areas_published: dict[str, ClassAUROC], scans: HeldOutScans) -> Table:
     """One row a finding and their mean; one column a variant."""
     rows = [
-        [f"{finding.name} ({finding.anatomy})", *(ci(area.per_class[finding.name]) for area in areas.values())]
+        [f"{finding.name} ({finding.anatomy})", *(area.per_class[finding.name].as_text() for area in areas.values())]
         for finding in scans.findings
     ]
-    rows.append(["Mean", *(ci(area.macro) for area in areas.values())])
-    rows.append(["Mean, prompts as published", *(ci(area.macro) for area in areas_published.values())])
+    rows.append(["Mean", *(area.macro.as_text() for area in areas.values())])
+    rows.append(["Mean, prompts as published", *(area.macro.as_text() for area in areas_published.values())])
     caption = (
         f"{len(scans.rows)} held-out scans of {len(set(scans.patients))} patients; 95 % intervals by bootstrap over "
         'patients. Prompts are in the words of the reports ("The heart is not enlarged.", "Cardiomegaly."); the last '
@@ -422,24 +400,8 @@ def finding_table(areas: dict[str, ClassAUROC], areas_published: dict[str, Class
 
 def gain_table(gains: dict[str, Interval]) -> Table:
     """How far (iii) lies above the others."""
-    rows = [[f"over {name}", ci(gain, "{:+.3f}")] for name, gain in gains.items()]
+    rows = [[f"over {name}", gain.as_text("{:+.3f}")] for name, gain in gains.items()]
     return Table(["Gain of (iii) in mean AUC", "difference"], rows, "Both models on the same resampled patients.")
-
-
-def ci(interval: Interval, form: str = "{:.3f}") -> str:
-    """A figure and its interval as text."""
-    if interval.value is None:
-        return "undefined"
-    if interval.low is None or interval.high is None:
-        return form.format(interval.value)
-    return f"{form.format(interval.value)} ({form.format(interval.low)} to {form.format(interval.high)})"
-
-
-def as_text(table: Table) -> str:
-    """The table for a terminal."""
-    lines = [list(table.header), *(list(row) for row in table.rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(table.header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def write_demo_report(path: Path, tables: list[Table], pictures: dict[str, NDArray[np.uint8]], plan: Plan) -> Path:

@@ -31,6 +31,14 @@ class Interval:
     high: float | None
     num_undefined: int = 0
 
+    def as_text(self, form: str = "{:.3f}") -> str:
+        """The figure and its interval for a reader, as in "0.905 (0.894 to 0.915)"."""
+        if self.value is None:
+            return "undefined"
+        if self.low is None or self.high is None:
+            return form.format(self.value)
+        return f"{form.format(self.value)} ({form.format(self.low)} to {form.format(self.high)})"
+
 
 @dataclass(frozen=True)
 class ClassAUROC:

@@ -51,6 +51,13 @@ class Table:
     rows: Sequence[Sequence[str]]
     caption: str = ""
 
+    def as_text(self) -> str:
+        """The table for a terminal, without its caption."""
+        lines = [list(self.header), *(list(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
+        padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+        return "\n".join("  ".join(line).rstrip() for line in padded)
+
 
 @dataclass(frozen=True)
 class Picture:
