@@ -17,7 +17,6 @@ pytest.importorskip("scispacy")
 
 from medclip_hf.data.concept_index import Concept, ConceptIndex
 from medclip_hf.data.concepts import MAX_CAPTION_CHARS, ConceptExtractor, ExtractorOptions
-from medclip_hf.data.negation import Certainty
 
 VOCABULARY = (
     Concept("C1", "Pneumothorax", ("collapsed lung",), ("T046",)),
@@ -125,8 +124,9 @@ def test_denied_mentions_are_marked(small: ConceptExtractor) -> None:
 
 
 def test_doubted_mentions_are_told_apart(small: ConceptExtractor) -> None:
-    (found_,) = small.extract_with_certainty(["Possible pneumothorax."])
-    assert [certainty for _, certainty in found_] == [Certainty.UNCERTAIN]
+    ((mention,),) = small.extract(["Possible pneumothorax."])
+    assert mention.is_uncertain
+    assert not mention.is_negated
 
 
 def test_only_asked_semantic_types_are_kept() -> None:

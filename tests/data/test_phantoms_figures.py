@@ -119,6 +119,7 @@ def test_shards_hold_the_columns_that_trainers_and_evaluation_read(tmp_path, fig
         "similarity": 1.0,
         "semantic_type": "Finding",
         "is_negated": False,
+        "is_uncertain": False,
     }
     masks = np.stack([np.asarray(mask) > 0 for mask in rows[4]["finding_masks"]])
     assert np.array_equal(masks, figures[4].masks)

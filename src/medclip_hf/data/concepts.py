@@ -156,17 +156,13 @@ class ConceptExtractor:
         return cls(ConceptIndex.load(folder), chosen, folder=folder)
 
     def extract(self, captions: Sequence[str]) -> list[tuple[ConceptMention, ...]]:
-        """The concepts of each caption in the order of its text, not overlapping; denied ones are marked.
+        """The concepts of each caption in the order of its text, not overlapping; denied and doubted ones are marked.
 
         The result of a caption does not depend on the others.
 
         Args:
             captions: raw texts of any content; characters behind `MAX_CAPTION_CHARS` are not read.
         """
-        return [tuple(mention for mention, _ in found) for found in self.extract_with_certainty(captions)]
-
-    def extract_with_certainty(self, captions: Sequence[str]) -> list[tuple[tuple[ConceptMention, Certainty], ...]]:
-        """As `extract`, with what the caption says of each mention: affirmed, uncertain or negated."""
         captions = [caption[:MAX_CAPTION_CHARS] for caption in captions]
         words = [split_words(caption) for caption in captions]
         links = self._exact_links(words)
@@ -300,9 +296,7 @@ class ConceptExtractor:
 
     # --- the result -----------------------------------------------------------------------------------------------
 
-    def _mentions(
-        self, caption: str, words: Words, links: Sequence[_Link]
-    ) -> tuple[tuple[ConceptMention, Certainty], ...]:
+    def _mentions(self, caption: str, words: Words, links: Sequence[_Link]) -> tuple[ConceptMention, ...]:
         judged = self._rules.judge(caption, words, [(link.first, link.last) for link in links])
         found = []
         for link, certainty in zip(links, judged, strict=True):
@@ -315,8 +309,9 @@ class ConceptExtractor:
                 similarity=round(link.similarity, 4),
                 semantic_type=self.index.types[concept].split("|")[0],
                 is_negated=certainty is Certainty.NEGATED,
+                is_uncertain=certainty is Certainty.UNCERTAIN,
             )
-            found.append((mention, certainty))
+            found.append(mention)
         return tuple(found)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -112,6 +112,9 @@ class ConceptSettings:
         vocabulary: ``"shipped"``, a JSON lines file, or a saved index; "" looks for no concepts.
         min_similarity: of a mention and the name that it is linked to.
         semantic_types: those to keep; empty keeps all.
+        similar_spelling: also link words to names of similar spelling; with millions of names much the slower part.
+        pipeline: a spaCy pipeline whose entities are mentions too, such as en_core_sci_sm; "" uses none.
+        scispacy_index: folder with scispaCy's approximate index, asked for similar names in place of our exact search.
         entailment_model: of `transformers`, asks whether a concept is central to the caption; "" asks nothing.
         min_entailment: probability from which on it is.
         needs_concepts: drop figures in whose caption no concept was found.
@@ -120,6 +123,9 @@ class ConceptSettings:
     vocabulary: str = "shipped"
     min_similarity: float = 0.8
     semantic_types: tuple[str, ...] = ()
+    similar_spelling: bool = True
+    pipeline: str = ""
+    scispacy_index: str = ""
     entailment_model: str = ""
     min_entailment: float = 0.5
     needs_concepts: bool = False

@@ -316,7 +316,12 @@ def concept_extractor(settings: ConceptSettings) -> ExtractConcepts:
     from medclip_hf.data.concepts import ConceptExtractor  # spaCy takes seconds to import
 
     extractor = ConceptExtractor.from_vocabulary(
-        settings.vocabulary, min_similarity=settings.min_similarity, semantic_types=settings.semantic_types
+        settings.vocabulary,
+        min_similarity=settings.min_similarity,
+        semantic_types=settings.semantic_types,
+        similar_spelling=settings.similar_spelling,
+        pipeline=settings.pipeline,
+        scispacy_index=settings.scispacy_index,
     )
     if not settings.entailment_model:
         return extractor.extract

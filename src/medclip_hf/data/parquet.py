@@ -41,6 +41,7 @@ FIGURE_FEATURES = Features(
                 "similarity": Value("float32"),
                 "semantic_type": Value("string"),
                 "is_negated": Value("bool"),
+                "is_uncertain": Value("bool"),
             }
         ),
         "pmcid": Value("string"),

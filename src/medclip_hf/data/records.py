@@ -16,7 +16,8 @@ class ConceptMention:
     end_char: int
     similarity: float = 1.0  # of mention and vocabulary entry, in [0, 1]
     semantic_type: str = ""
-    is_negated: bool = False
+    is_negated: bool = False  # "no pneumothorax"
+    is_uncertain: bool = False  # "possible pneumothorax"
 
 
 @dataclass(frozen=True)
