@@ -25,6 +25,7 @@ from transformers import AutoModel, AutoProcessor
 from medclip_hf import FVLMConfig, FVLMImageProcessor, FVLMModel
 from medclip_hf.data.anatomy import merge_labels
 from medclip_hf.data.geometry import Volume, resample, stored_hounsfield
+from medclip_hf.data.phantoms.torso_findings import FINDINGS
 from medclip_hf.data.phantoms.torsos import TorsoSettings, draw_torso, plan_patient
 from medclip_hf.evaluation.ct_zero_shot import (
     CT_RATE_FINDINGS,
@@ -106,7 +107,7 @@ def load(folder: Path | None) -> tuple[Any, FVLMImageProcessor, FindingEmbedding
 def drawn_scans(
     num_scans: int, seed: int, image_processor: FVLMImageProcessor
 ) -> Iterator[tuple[tuple[str, ...], Tensor, Tensor]]:
-    """(findings, volume, mask) of one drawn torso a patient, as the model sees it."""
+    """(findings under CT-RATE's names, volume, mask) of one drawn torso a patient, as the model sees it."""
     settings = TorsoSettings(max_studies=1, max_reconstructions=1)
     target = tuple(image_processor.spacing_mm_dhw)
     for patient in range(num_scans):
@@ -117,7 +118,8 @@ def drawn_scans(
         labels = resample(Volume(torso.labels, affine, "drawn"), target, "nearest")
         mask = merge_labels(labels.values, "v2", image_processor.anatomies)
         inputs = image_processor(stored_hounsfield(image.values), mask, orientation=image_processor.orientation)
-        yield torso.plan.findings, inputs["pixel_values"][0, 0], inputs["anatomy_mask"][0]
+        present = tuple(FINDINGS[name].ct_rate_name or "" for name in torso.plan.findings)
+        yield present, inputs["pixel_values"][0, 0], inputs["anatomy_mask"][0]
 
 
 def report(
