@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from medclip_hf.data.concept_index import Concept, ConceptIndex
-from medclip_hf.data.concepts import ConceptExtractor, ExtractorOptions
+from medclip_hf.data.concepts.extraction import ConceptExtractor, ExtractorOptions
+from medclip_hf.data.concepts.index import Concept, ConceptIndex
 from medclip_hf.data.offsets import DecodedCaption
 from medclip_hf.data.stages import Drop
 

@@ -26,10 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from medclip_hf.data.anatomy import labelled_anatomies, merge_labels
-from medclip_hf.data.ct import load_ct
-from medclip_hf.data.geometry import stored_hounsfield
-from medclip_hf.data.volumes import read_crop, write_scan
+from medclip_hf.data.ct.anatomy import labelled_anatomies, merge_labels
+from medclip_hf.data.ct.geometry import stored_hounsfield
+from medclip_hf.data.ct.reading import load_ct
+from medclip_hf.data.ct.volumes import read_crop, write_scan
 
 Arrays = dict[str, NDArray]
 Box = tuple[slice, slice, slice]

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoProcessor
 
 from medclip_hf import FVLMConfig, FVLMImageProcessor, FVLMModel
-from medclip_hf.data.anatomy import merge_labels
-from medclip_hf.data.geometry import Volume, resample, stored_hounsfield
+from medclip_hf.data.ct.anatomy import merge_labels
+from medclip_hf.data.ct.geometry import Volume, resample, stored_hounsfield
 from medclip_hf.data.phantoms.torso_findings import FINDINGS
 from medclip_hf.data.phantoms.torsos import TorsoSettings, draw_torso, plan_patient
 from medclip_hf.evaluation.ct_zero_shot import (

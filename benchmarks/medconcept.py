@@ -29,20 +29,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medclip_hf.data.dedup import FINGERPRINT, DuplicateRules, find_duplicates, fingerprint, hamming
-from medclip_hf.data.engine import build_medconcept
-from medclip_hf.data.engine_settings import (
+from medclip_hf.data.articles.jats import parse_article
+from medclip_hf.data.engine.dedup import FINGERPRINT, DuplicateRules, find_duplicates, fingerprint, hamming
+from medclip_hf.data.engine.figure_images import prepare_image
+from medclip_hf.data.engine.figure_type import MAX_BLANK_SHARE, blank_share, named_modality
+from medclip_hf.data.engine.language import check_caption, clean_caption
+from medclip_hf.data.engine.run import build_medconcept
+from medclip_hf.data.engine.settings import (
     ConceptSettings,
     EngineSettings,
     ImageRules,
     OutputSettings,
     SourceSettings,
 )
-from medclip_hf.data.engine_steps import concept_extractor
-from medclip_hf.data.figure_images import prepare_image
-from medclip_hf.data.figure_type import MAX_BLANK_SHARE, blank_share, named_modality
-from medclip_hf.data.jats import parse_article
-from medclip_hf.data.language import check_caption, clean_caption
+from medclip_hf.data.engine.steps import concept_extractor
 from medclip_hf.data.records import FigureRow
 from medclip_hf.data.workers import MakeStep, ProcessRunner, Task, TaskReport
 

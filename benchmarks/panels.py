@@ -19,8 +19,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from medclip_hf.data.panel_captions import split_caption
-from medclip_hf.data.panels import Box, find_panels, take_apart
+from medclip_hf.data.articles.panel_captions import split_caption
+from medclip_hf.data.articles.panels import Box, find_panels, take_apart
 from medclip_hf.data.phantoms.compounds import CompoundPhantom, draw_compound
 from medclip_hf.data.records import FigureRow
 

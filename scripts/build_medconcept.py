@@ -14,8 +14,8 @@ import sys
 
 from tqdm import tqdm
 
-from medclip_hf.data.engine import EngineReport, Progress, build_medconcept
-from medclip_hf.data.engine_settings import SECTIONS, EngineSettings
+from medclip_hf.data.engine.run import EngineReport, Progress, build_medconcept
+from medclip_hf.data.engine.settings import SECTIONS, EngineSettings
 from medclip_hf.data.workers import ProcessRunner, Runner
 from medclip_hf.training.arguments import build_sections, read_recipe
 
@@ -57,14 +57,14 @@ def make_runner(arguments: argparse.Namespace) -> Runner:
     """What does the tasks."""
     if arguments.engine == "processes":
         return ProcessRunner(arguments.workers)
-    from medclip_hf.data.engine_ray import RayRunner
+    from medclip_hf.data.engine.ray import RayRunner
 
     return RayRunner(arguments.workers or None, arguments.ray_address, arguments.gpus_per_worker)
 
 
 def push(settings: EngineSettings, repository: str, is_public: bool) -> None:
     """Upload the finished data set."""
-    from medclip_hf.data.publish import push_data_set
+    from medclip_hf.data.engine.publish import push_data_set
 
     print(push_data_set(settings.folder, repository, is_public=is_public))
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from medclip_hf.data.anatomy import ALL_ANATOMIES, THORACIC_ANATOMIES
-from medclip_hf.data.report_tables import Decompose, ReportColumns, decompose_table, read_reports
-from medclip_hf.data.reports import NORMAL_RULES, assemble_texts, decompose_reports
+from medclip_hf.data.ct.anatomy import ALL_ANATOMIES, THORACIC_ANATOMIES
+from medclip_hf.data.reports.decomposition import NORMAL_RULES, assemble_texts, decompose_reports
+from medclip_hf.data.reports.tables import Decompose, ReportColumns, decompose_table, read_reports
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = tqdm(read_reports(arguments.reports, columns), unit="row", desc="decompose")
     model: dict[str, Any] = {}
     if arguments.llm:
-        from medclip_hf.data.reports_llm import AnswerFile, LLMReportDecomposer
+        from medclip_hf.data.reports.llm import AnswerFile, LLMReportDecomposer
 
         arguments.output.mkdir(parents=True, exist_ok=True)
         decomposer = LLMReportDecomposer.from_pretrained(

@@ -26,11 +26,11 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 import medclip_hf  # noqa: F401 - registers the Auto classes
-from medclip_hf.data.anatomy import THORACIC_ANATOMIES, merge_labels
-from medclip_hf.data.ct import read_volume
-from medclip_hf.data.ct_engine import EngineSettings, prepare_scans
-from medclip_hf.data.ct_sources import ScanSource, ct_rate_sources
-from medclip_hf.data.geometry import GeometryContract
+from medclip_hf.data.ct.anatomy import THORACIC_ANATOMIES, merge_labels
+from medclip_hf.data.ct.engine import EngineSettings, prepare_scans
+from medclip_hf.data.ct.geometry import GeometryContract
+from medclip_hf.data.ct.reading import read_volume
+from medclip_hf.data.ct.sources import ScanSource, ct_rate_sources
 from medclip_hf.data.phantoms.torso_files import write_ct_rate
 from medclip_hf.data.phantoms.torso_findings import FINDINGS as DRAWN_FINDINGS
 from medclip_hf.data.phantoms.torsos import TorsoSettings

@@ -13,12 +13,12 @@ import logging
 import sys
 from pathlib import Path
 
-from medclip_hf.data.anatomy import THORACIC_ANATOMIES, labelled_anatomies
-from medclip_hf.data.ct_engine import EngineReport, EngineSettings, prepare_scans
-from medclip_hf.data.ct_sources import ScanSource, ct_rate_sources, rad_chestct_sources, table_sources, with_texts
-from medclip_hf.data.geometry import GeometryContract
-from medclip_hf.data.reports import NORMAL_RULES
-from medclip_hf.data.segmenters import Segmenter
+from medclip_hf.data.ct.anatomy import THORACIC_ANATOMIES, labelled_anatomies
+from medclip_hf.data.ct.engine import EngineReport, EngineSettings, prepare_scans
+from medclip_hf.data.ct.geometry import GeometryContract
+from medclip_hf.data.ct.segmenters import Segmenter
+from medclip_hf.data.ct.sources import ScanSource, ct_rate_sources, rad_chestct_sources, table_sources, with_texts
+from medclip_hf.data.reports.decomposition import NORMAL_RULES
 
 
 def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
@@ -28,7 +28,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ct-rate", type=Path, help="folder of CT-RATE as downloaded")
     source.add_argument("--rad-chestct", type=Path, help="folder of Rad-ChestCT as downloaded")
-    source.add_argument("--table", type=Path, help="CSV with the column 'image' and others, see data.ct_sources")
+    source.add_argument("--table", type=Path, help="CSV with the column 'image' and others, see data.ct.sources")
     parser.add_argument("--output", type=Path, required=True, help="folder of the prepared data set")
     parser.add_argument("--split", default="train", choices=("train", "validation", "test"))
     parser.add_argument("--tree", choices=("fixed", "older"), help="of CT-RATE; the fixed one where it is there")

@@ -25,8 +25,8 @@ from accelerate.utils import set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from medclip_hf import FVLMConfig, FVLMModel, FVLMProcessor
-from medclip_hf.data.anatomy import margin_voxels
-from medclip_hf.data.geometry import GeometryContract
+from medclip_hf.data.ct.anatomy import margin_voxels
+from medclip_hf.data.ct.geometry import GeometryContract
 from medclip_hf.data.records import ScanRow
 from medclip_hf.evaluation.ct_zero_shot import (
     CT_RATE_FINDINGS,

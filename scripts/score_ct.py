@@ -23,11 +23,11 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
 import medclip_hf  # noqa: F401 - makes the Auto classes know fVLM
-from medclip_hf.data.ct import load_ct
-from medclip_hf.data.ct_sources import ScanSource, ct_rate_sources, rad_chestct_sources, table_sources
-from medclip_hf.data.geometry import GeometryContract
+from medclip_hf.data.ct.geometry import GeometryContract
+from medclip_hf.data.ct.reading import load_ct
+from medclip_hf.data.ct.scan_index import read_scan_rows
+from medclip_hf.data.ct.sources import ScanSource, ct_rate_sources, rad_chestct_sources, table_sources
 from medclip_hf.data.records import ScanRow
-from medclip_hf.data.scan_index import read_scan_rows
 from medclip_hf.evaluation.ct_zero_shot import (
     CT_RATE_FINDINGS,
     PUBLISHED_WINDOW_DHW,
@@ -52,7 +52,7 @@ def parse_command_line(command_line: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--revision", help="of a model on the Hub")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", type=Path, help="folder of scans; --labels names the folder of label files")
-    source.add_argument("--table", type=Path, help="CSV with the column 'image' and others, see data.ct_sources")
+    source.add_argument("--table", type=Path, help="CSV with the column 'image' and others, see data.ct.sources")
     source.add_argument("--ct-rate", type=Path, help="folder of CT-RATE as downloaded")
     source.add_argument("--rad-chestct", type=Path, help="folder of Rad-ChestCT as downloaded")
     source.add_argument("--prepared", type=Path, help="folder of scripts/prepare_ct.py")

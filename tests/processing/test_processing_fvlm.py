@@ -241,7 +241,7 @@ def test_index_texts_follows_the_order_of_the_anatomies():
 
 
 def test_a_real_scan_is_taken_and_refused_with_every_rescale_fault(real_data):
-    from medclip_hf.data.ct import load_ct
+    from medclip_hf.data.ct.reading import load_ct
 
     folder = real_data / "ct"
     scan = load_ct(folder / "example_ct.nii.gz", labels_path=folder / "example_seg_fast_force_split.nii.gz")

@@ -12,10 +12,10 @@ import pytest
 
 pytest.importorskip("nibabel")
 
+from medclip_hf.data.ct.scan_index import read_scan_rows
+from medclip_hf.data.ct.volumes import is_complete, read_crop
 from medclip_hf.data.phantoms.torso_files import write_ct_rate
 from medclip_hf.data.phantoms.torsos import TorsoSettings
-from medclip_hf.data.scan_index import read_scan_rows
-from medclip_hf.data.volumes import is_complete, read_crop
 
 SMALL = TorsoSettings(in_plane_size=48, slice_spacing_mm=(10.0, 12.0))
 COARSE = ("--spacing", "12", "8", "8")

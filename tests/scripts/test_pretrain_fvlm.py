@@ -13,12 +13,12 @@ from transformers import AutoModel, AutoProcessor
 
 pytest.importorskip("zarr")
 
-from medclip_hf.data.ct_engine import EngineSettings, prepare_scans
-from medclip_hf.data.ct_sources import ScanSource, ct_rate_sources
-from medclip_hf.data.geometry import GeometryContract
+from medclip_hf.data.ct.engine import EngineSettings, prepare_scans
+from medclip_hf.data.ct.geometry import GeometryContract
+from medclip_hf.data.ct.scan_index import read_scan_rows
+from medclip_hf.data.ct.sources import ScanSource, ct_rate_sources
 from medclip_hf.data.phantoms.torso_files import write_ct_rate
 from medclip_hf.data.phantoms.torsos import TorsoSettings
-from medclip_hf.data.scan_index import read_scan_rows
 from medclip_hf.evaluation.ct_zero_shot import Finding, embed_findings, score_scan
 from medclip_hf.training.arguments import build_sections, read_recipe
 from medclip_hf.training.scan_datasets import read_stored_scan

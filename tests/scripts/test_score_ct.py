@@ -12,9 +12,9 @@ import torch
 pytest.importorskip("zarr")
 
 from medclip_hf import FVLMConfig, FVLMModel, FVLMProcessor
-from medclip_hf.data.ct_engine import EngineSettings, prepare_scans
-from medclip_hf.data.ct_sources import ct_rate_sources
-from medclip_hf.data.geometry import GeometryContract
+from medclip_hf.data.ct.engine import EngineSettings, prepare_scans
+from medclip_hf.data.ct.geometry import GeometryContract
+from medclip_hf.data.ct.sources import ct_rate_sources
 from medclip_hf.data.phantoms.torso_files import write_ct_rate
 from medclip_hf.data.phantoms.torsos import TorsoSettings
 from medclip_hf.processing.fvlm import FVLMImageProcessor

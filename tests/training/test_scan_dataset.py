@@ -9,11 +9,11 @@ import torch
 
 zarr = pytest.importorskip("zarr")
 
-from medclip_hf.data.geometry import GeometryContract  # noqa: E402
+from medclip_hf.data.ct.geometry import GeometryContract  # noqa: E402
+from medclip_hf.data.ct.scan_index import write_scan_rows  # noqa: E402
+from medclip_hf.data.ct.volumes import write_scan  # noqa: E402
 from medclip_hf.data.records import AnatomyText, ScanRow  # noqa: E402
-from medclip_hf.data.scan_index import write_scan_rows  # noqa: E402
 from medclip_hf.data.stages import Drop  # noqa: E402
-from medclip_hf.data.volumes import write_scan  # noqa: E402
 from medclip_hf.processing.fvlm import FVLMImageProcessor, FVLMProcessor, text_id  # noqa: E402
 from medclip_hf.training.collators import ScanCollator  # noqa: E402
 from medclip_hf.training.scan_datasets import ScanDataset, report_caption  # noqa: E402

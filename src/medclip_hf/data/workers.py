@@ -129,7 +129,7 @@ def _pool(make_step: MakeStep, num_workers: int) -> ProcessPoolExecutor:
     # Forked from a server that has the imports done and no threads: workers start at once and share its memory, while a
     # fork of this process would copy locks of threads that it has not.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["medclip_hf.data.engine_steps"])
+    context.set_forkserver_preload(["medclip_hf.data.engine.steps"])
     return ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(make_step, os.getpid()))
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from medclip_hf.data.geometry import GeometryContract, UnusableScan
+from medclip_hf.data.ct.geometry import GeometryContract, UnusableScan
+from medclip_hf.data.ct.scan_index import read_scan_rows
+from medclip_hf.data.ct.volumes import StoredScan, crop_start, is_complete, read_crop, read_scan
 from medclip_hf.data.records import AnatomyText, ScanRow
-from medclip_hf.data.report_sentences import split_sentences
-from medclip_hf.data.reports import anatomy_caption, caption_template
-from medclip_hf.data.scan_index import read_scan_rows
+from medclip_hf.data.reports.decomposition import anatomy_caption, caption_template
+from medclip_hf.data.reports.sentences import split_sentences
 from medclip_hf.data.stages import Drop
-from medclip_hf.data.volumes import StoredScan, crop_start, is_complete, read_crop, read_scan
 
 logger = logging.getLogger(__name__)
 

@@ -230,7 +230,7 @@ class FVLMImageProcessor(BaseImageProcessor):
         return BatchFeature(data, tensor_type=return_tensors)
 
 
-# Same rule as in data/geometry.py, which cannot be imported here: this file travels to the Hub.
+# Same rule as in data/ct/geometry.py, which cannot be imported here: this file travels to the Hub.
 def check_hounsfield(values: np.ndarray, name: str) -> None:
     """Refuse values that cannot be Hounsfield units of a body in air.
 

@@ -1,0 +1,1 @@
+"""Articles of PubMed Central: fetched, parsed, and their compound figures taken apart."""

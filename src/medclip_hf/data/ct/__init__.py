@@ -1,0 +1,1 @@
+"""CT volumes: read, checked, resampled, segmented and stored with fast random crops."""

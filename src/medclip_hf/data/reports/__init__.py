@@ -1,0 +1,1 @@
+"""Radiology reports: split into sentences and assigned to anatomies, by rules or by a language model."""
