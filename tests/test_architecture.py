@@ -16,9 +16,11 @@ ARROWS = {
     "modeling": set(),
     "processing": set(),
     "training": {"data", "modeling", "processing"},
-    "evaluation": {"modeling", "processing"},
+    "evaluation": {"data", "modeling", "processing"},
     "explain": {"modeling", "processing"},
-    "hub": {"modeling", "processing"},
+    "hub": {"data", "modeling", "processing"},
+    "pipelines": {"data", "evaluation", "explain", "modeling", "processing"},
+    "cli": {"data", "evaluation", "explain", "hub", "modeling", "pipelines", "processing"},
 }
 
 

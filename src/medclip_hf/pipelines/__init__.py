@@ -1,0 +1,1 @@
+"""transformers pipelines that take medical files: a path in, named scores out."""
