@@ -13,6 +13,7 @@ Figures are drawn (512 × 512 JPEG, the size of the published sample) with capti
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -139,7 +140,11 @@ def measure_scaling(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         table = write_source(Path(folder), arguments.figures)
         print(f"{arguments.figures:,} figures; load of the machine before: {os.getloadavg()[0]:.1f}")
-        print(f"{'workers':>8}{'wall s':>9}{'figures/s':>11}{'efficiency':>12}{'CPU s':>8}{'CPU efficiency':>16}")
+        print(
+            f"{'workers':>8}{'wall s':>9}{'figures/s':>11}{'efficiency':>12}{'CPU s':>8}{'CPU efficiency':>16}"
+            f"{'of the machine alone':>22}"
+        )
+        alone = machine_rate(1)
         first: tuple[float, float] | None = None
         for workers in arguments.workers:
             output = Path(folder) / f"out{workers}"
@@ -149,9 +154,28 @@ def measure_scaling(arguments: argparse.Namespace) -> None:
             first = first or (wall * workers, cpu)
             print(
                 f"{workers:>8}{wall:>9.1f}{report.num_items / wall:>11.0f}{first[0] / (wall * workers):>12.2f}"
-                f"{cpu:>8.1f}{first[1] / cpu:>16.2f}"
+                f"{cpu:>8.1f}{first[1] / cpu:>16.2f}{machine_rate(workers) / (workers * alone):>22.2f}"
             )
             shutil.rmtree(output)
+
+
+def machine_rate(workers: int, seconds: float = 5.0) -> float:
+    """Pictures a second that so many processes decode and fingerprint, each its own, none of them sharing anything.
+
+    What the cores give: an engine cannot scale better than processes that know nothing of each other.
+    """
+    with multiprocessing.get_context("forkserver").Pool(workers) as pool:
+        pool.map(count_pictures, [0.1] * workers, chunksize=1)  # imports and first calls
+        return sum(pool.map(count_pictures, [seconds] * workers, chunksize=1)) / seconds
+
+
+def count_pictures(seconds: float) -> int:
+    """How many times one picture is decoded and fingerprinted in that time."""
+    content, count, end = draw_jpeg(np.random.default_rng(0)), 0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        fingerprint("a", content, prepare_image(content, "a", ImageRules())[1])
+        count += 1
+    return count
 
 
 class TimedStep:

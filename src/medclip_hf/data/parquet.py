@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -274,9 +274,10 @@ def record_to_row(record: dict[str, Any]) -> FigureRow:
 def _row_to_record(row: FigureRow) -> dict[str, Any]:
     if (row.image_path is None) == (row.image_bytes is None):
         raise ValueError(f"row {row.row_id!r} needs exactly one of image_path and image_bytes")
-    record = asdict(row) | {"image": {"bytes": row.image_bytes, "path": row.image_path}}
-    del record["image_path"], record["image_bytes"]
-    return record
+    # Not `dataclasses.asdict`, whose deep copies took 1 ms a row.
+    record = {name: value for name, value in vars(row).items() if name not in ("image_path", "image_bytes")}
+    concepts = [vars(concept).copy() for concept in row.concepts]
+    return record | {"concepts": concepts, "image": {"bytes": row.image_bytes, "path": row.image_path}}
 
 
 def _check_counted_names(folder: Path, split: str, shards: list[Path]) -> None:

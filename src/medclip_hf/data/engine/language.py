@@ -64,18 +64,20 @@ def guess_language(text: str) -> str:
     letters = [character for character in text if character.isalpha()]
     if not text.isascii() and sum(map(_is_latin, letters)) < MIN_LATIN_SHARE * len(letters):
         return "another script"
-    words = [word.lower() for word in _WORD.findall(text)]
+    words = [word for word in _WORD.findall(text.lower()) if len(word) > 1]  # one letter is a panel ("a, b, e")
+    english, foreign = _word_lists()
+    counts = {language: sum(map(known.__contains__, words)) for language, known in foreign.items()}
+    best = max(counts, key=lambda language: counts[language])
+    num_english = sum(map(english.__contains__, words))
+    return best if counts[best] > max(num_english, MAX_FOREIGN_WORDS) else "English"
+
+
+@cache
+def _word_lists() -> tuple[frozenset[str], dict[str, frozenset[str]]]:
+    """Function words of English, and of every other language those that English has not."""
     tables = function_words()
     english = tables["English"] | _CAPTION_WORDS
-    # One letter is a panel, not a word ("a, b, e").
-    counts = {
-        language: sum(len(word) > 1 and word in known - english for word in words)
-        for language, known in tables.items()
-        if language != "English"
-    }
-    best = max(counts, key=lambda language: counts[language])
-    num_english = sum(len(word) > 1 and word in english for word in words)
-    return best if counts[best] > max(num_english, MAX_FOREIGN_WORDS) else "English"
+    return english, {language: known - english for language, known in tables.items() if language != "English"}
 
 
 @cache
