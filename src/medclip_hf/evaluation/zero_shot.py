@@ -174,7 +174,7 @@ def embed_classes(
         ValueError: no class, a name that is empty or repeated, a template without exactly one ``{}``, a name that the
             token limit cuts off.
     """
-    names, patterns = _checked_prompts(class_names, templates)
+    names, patterns = check_prompts(class_names, templates)
     prompts = [(pattern, name) for pattern in patterns for name in names]
     text_parts, concept_parts = [], []
     for first in range(0, len(prompts), batch_size):
@@ -297,7 +297,12 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[tuple[int, list[Any]]]
         position += len(batch)
 
 
-def _checked_prompts(class_names: Sequence[str], templates: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def check_prompts(class_names: Sequence[str], templates: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Class names and templates as tuples, after a look at them.
+
+    Raises:
+        ValueError: none of one kind, a name that is empty or repeated, a template without exactly one ``{}``.
+    """
     if isinstance(class_names, str) or isinstance(templates, str):
         raise ValueError("class_names and templates must be lists of strings, not one string")
     names, patterns = tuple(class_names), tuple(templates)
