@@ -1,0 +1,119 @@
+"""Figures with bootstrap intervals: patients are drawn with replacement, and all samples of a patient come along.
+
+A figure that does not exist (a class without positives, say) is None: never NaN, never a number that a mean swallows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+_CHUNK_ELEMENTS = 500_000  # of a (resamples, samples) block: 4 MB of float64, so that it stays in the cache
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its bootstrap percentile interval.
+
+    Args:
+        value: on the sample itself; None where it is undefined.
+        low: lower end; None where no resample defines the figure.
+        high: upper end.
+        num_undefined: resamples that left a class empty and were left out of the interval.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    num_undefined: int = 0
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """The fields, ready for JSON."""
+        return asdict(self)
+
+    def as_text(self, form: str = "{:.3f}") -> str:
+        """The figure and its interval for a reader, as in "0.905 (0.894 to 0.915)"."""
+        if self.value is None:
+            return "undefined"
+        if self.low is None or self.high is None:
+            return form.format(self.value)
+        return f"{form.format(self.value)} ({form.format(self.low)} to {form.format(self.high)})"
+
+
+def mean_with_interval(
+    values: ArrayLike,
+    *,
+    groups: ArrayLike | None = None,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Mean of one figure per sample (a hit, an overlap) with its interval.
+
+    Args:
+        values: (N,), finite; N may be 0, the mean is None then.
+        groups: (N,) patient of each sample; None: every sample is its own.
+        num_resamples: 0: no interval.
+        confidence: share of resamples inside the interval.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: values of another shape or not finite.
+    """
+    samples = np.asarray(values, dtype=np.float64)
+    if samples.ndim != 1 or not np.isfinite(samples).all():
+        raise ValueError(f"values must be finite and of shape (N,), got shape {samples.shape}")
+    if not len(samples):
+        return Interval(None, None, None)
+    blocks = [
+        weights @ samples / weights.sum(axis=1)
+        for weights in bootstrap_weights(len(samples), groups, num_resamples, seed)
+    ]
+    return percentile_interval(float(samples.mean()), np.concatenate([np.zeros(0), *blocks]), confidence)
+
+
+def bootstrap_weights(num_samples: int, groups: ArrayLike | None, num_resamples: int, seed: int) -> Iterator[Floats]:
+    """How often each sample occurs in each resample: blocks (resamples, num_samples) that together are `num_resamples`.
+
+    As many groups as there are are drawn with replacement; all samples of a group come along together.
+
+    Raises:
+        ValueError: negative number of resamples, number of groups other than `num_samples`.
+    """
+    if num_resamples < 0:
+        raise ValueError(f"num_resamples must not be negative, got {num_resamples}")
+    group_of = np.arange(num_samples)
+    if groups is not None:
+        group_names = np.asarray(groups)
+        if group_names.shape != (num_samples,):
+            raise ValueError(f"expected one group per sample, shape ({num_samples},), got shape {group_names.shape}")
+        group_of = np.unique(group_names, return_inverse=True)[1]
+    num_groups = int(group_of.max()) + 1 if num_samples else 0
+    if not num_groups:
+        return
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK_ELEMENTS // max(num_samples, 1))
+    for first in range(0, num_resamples, rows):
+        block = min(rows, num_resamples - first)
+        drawn = rng.integers(num_groups, size=(block, num_groups)) + num_groups * np.arange(block)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=block * num_groups).reshape(block, num_groups)
+        yield counts[:, group_of].astype(np.float64)
+
+
+def percentile_interval(value: float | None, resampled: ArrayLike, confidence: float = 0.95) -> Interval:
+    """`value` with the percentiles of its resampled figures; NaN among them means undefined, and is counted.
+
+    Raises:
+        ValueError: confidence outside (0, 1).
+    """
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    figures = np.asarray(resampled, dtype=np.float64)
+    kept = figures[~np.isnan(figures)]
+    if value is None or not len(kept):
+        return Interval(value, None, None, len(figures))
+    tail = 0.5 * (1.0 - confidence)
+    low, high = np.quantile(kept, [tail, 1.0 - tail])
+    return Interval(value, float(low), float(high), len(figures) - len(kept))
