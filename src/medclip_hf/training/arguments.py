@@ -36,6 +36,8 @@ class RunArguments:
         lr_schedule: "cosine" falls at every step, "cosine_per_epoch" once an epoch, "constant" not at all.
         weight_decay: of AdamW, decoupled.
         decay_norms_and_biases: also decay biases, norms, logit scales and every other vector; off is the usual rule.
+        layer_decay: factor on the learning rate from each block of a tower to the one below it, for fine-tuning (Clark
+            et al., "ELECTRA", 2020); what lies above the blocks learns at the full rate. 1: the same everywhere.
         max_grad_norm: gradients are clipped to this norm; None: never.
         mixed_precision: "bf16" runs the model under autocast; weights, optimiser and loss stay float32.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
@@ -46,6 +48,11 @@ class RunArguments:
         on_nonfinite_loss: "stop" with an error that names step and rows, or "skip" the step and count it.
         log_every: steps between two lines of metrics.jsonl and two points of the trackers.
         evaluate_every: steps between validations; None: only where the caller does it.
+        best_metric: of the validation, by the name that `evaluate_fn` gives it; the final model is then the one of the
+            validation where it was best. None: the final model is that of the last step.
+        best_metric_mode: whether more or less of it is better.
+        early_stopping_patience: end the run after so many validations without a better `best_metric`; None: never.
+        early_stopping_min_improvement: by how much a better value must exceed the best so far.
         checkpoint_every: steps between checkpoints; None: only when interrupted.
         keep_checkpoints: how many of the newest stay on disk.
         trackers: of Accelerate, by name: "tensorboard", "trackio".
@@ -67,6 +74,7 @@ class RunArguments:
     lr_schedule: Literal["cosine", "cosine_per_epoch", "constant"] = "cosine"
     weight_decay: float = 0.2
     decay_norms_and_biases: bool = False
+    layer_decay: float = 1.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
@@ -82,6 +90,10 @@ class RunArguments:
 
     log_every: int = 10
     evaluate_every: int | None = None
+    best_metric: str | None = None
+    best_metric_mode: Literal["max", "min"] = "max"
+    early_stopping_patience: int | None = None
+    early_stopping_min_improvement: float = 0.0
     checkpoint_every: int | None = 1000
     keep_checkpoints: int = 3
     trackers: tuple[str, ...] = ()
@@ -107,6 +119,15 @@ class RunArguments:
             raise ValueError(
                 f"training.min_learning_rate ({self.min_learning_rate}) is above learning_rate ({self.learning_rate})."
             )
+        if self.layer_decay > 1:
+            raise ValueError(f"training.layer_decay must lie in (0, 1], but is {self.layer_decay}.")
+        self._check_best_metric()
+
+    def _check_best_metric(self) -> None:
+        if self.best_metric is None and self.early_stopping_patience is not None:
+            raise ValueError("training.early_stopping_patience needs training.best_metric: the metric to wait for.")
+        if self.best_metric is not None and self.evaluate_every is None:
+            raise ValueError("training.best_metric needs training.evaluate_every: the steps between validations.")
 
     @property
     def num_micro_batches(self) -> int:
@@ -127,6 +148,8 @@ _POSITIVE = (
     "max_grad_norm",
     "log_every",
     "evaluate_every",
+    "early_stopping_patience",
+    "layer_decay",
     "checkpoint_every",
     "keep_checkpoints",
 )
@@ -136,6 +159,7 @@ _NOT_NEGATIVE = (
     "warmup_steps",
     "warmup_start_learning_rate",
     "weight_decay",
+    "early_stopping_min_improvement",
     "num_workers",
 )
 

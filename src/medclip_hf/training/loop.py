@@ -14,12 +14,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from medclip_hf.training import checkpoints
+from medclip_hf.training import checkpoints, early_stopping
 from medclip_hf.training.arguments import RunArguments
 from medclip_hf.training.checkpoints import RunState
 from medclip_hf.training.gradients import Batch, Objective, StatefulObjective, backward
@@ -39,6 +39,10 @@ _FREE_ON_RESUME = {
     "num_workers",
     "log_every",
     "evaluate_every",
+    "best_metric",
+    "best_metric_mode",
+    "early_stopping_patience",
+    "early_stopping_min_improvement",
     "checkpoint_every",
     "keep_checkpoints",
     "trackers",
@@ -128,7 +132,8 @@ def train(
     """Train `model`, write checkpoints and the final model, and say how the run ended.
 
     Args:
-        model: with `save_pretrained` and `clamp_logit_scales_`; the same weights on every process.
+        model: with `save_pretrained`, and `clamp_logit_scales_` if it has logit scales; the same weights on every
+            process.
         dataset: map-style, its keys are (epoch, index).
         collator: examples → batch, with the keys `row_ids` and `set_aside` beside the tensors.
         objective: see `gradients.Objective`, and `gradients.StatefulObjective` for one with a memory.
@@ -195,6 +200,7 @@ class _Run:
         self.rows_set_aside = 0
         self.saved_step = -1
         self.last_validation: dict[str, float] = {}
+        self.validations: list[tuple[int, float]] = []  # (step, best_metric)
 
     def prepare(self, resume: bool | str | Path, recipe: Mapping[str, Any]) -> None:
         """Bring the model to its device, and the run to where it starts."""
@@ -209,6 +215,9 @@ class _Run:
         self.record = RunRecord(
             self.output_dir, self.accelerator, {"arguments": asdict(self.arguments), "recipe": recipe}
         )
+        if self.arguments.best_metric is not None and checkpoint is not None:
+            metric = self.arguments.best_metric
+            self.validations = early_stopping.read_validations(self.record.metrics_path, metric, self.step)
         self.record.start(self.step, is_resumed=resume is not False)
         if self.arguments.trackers:
             # TensorBoard forgets what an earlier start logged beyond the step we resume from
@@ -237,7 +246,7 @@ class _Run:
         )
         with progress, logging_redirect_tqdm():
             clock = time.perf_counter()
-            for batch in self._loader():
+            for batch in () if self._progress().should_stop else self._loader():
                 values = self._step(batch, stop)
                 elapsed, clock = time.perf_counter() - clock, time.perf_counter()
                 values["samples_per_second"] = values.pop("rows") / elapsed
@@ -256,6 +265,9 @@ class _Run:
                     clock = time.perf_counter()
                 if stopped_by:
                     return stopped_by
+                if self._progress().should_stop:
+                    logger.info("step %d: no better %s for long", self.step, self.arguments.best_metric)
+                    break
         return None
 
     def finish(self, stopped_by: int | None) -> TrainResult:
@@ -272,7 +284,7 @@ class _Run:
             self._save()
         model_path = self.output_dir / FINAL_MODEL
         if self.accelerator.is_main_process:
-            checkpoints.save_model(model_path, self.unwrapped, self.processor)
+            self._save_final_model(model_path)
         self.accelerator.wait_for_everyone()
         self.record.set_status("complete", self.step)
         return TrainResult("complete", self.step, 0, model_path, self.last_validation)
@@ -290,7 +302,8 @@ class _Run:
         agreed = self._agree(values["loss"], grad_norm, batch, stop)
         if agreed["is_finite"]:
             self.optimizer.step()
-            self.unwrapped.clamp_logit_scales_()
+            if hasattr(self.unwrapped, "clamp_logit_scales_"):
+                self.unwrapped.clamp_logit_scales_()
             if isinstance(self.objective, StatefulObjective):
                 self.objective.after_step(self.unwrapped)
             self.skipped_in_a_row = 0
@@ -385,6 +398,36 @@ class _Run:
         if self.accelerator.is_main_process:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             logger.info("step %d: validation: %s", self.step, shown)
+        if self.arguments.best_metric is not None:
+            self._keep_if_best(values, self.arguments.best_metric)
+
+    def _progress(self) -> early_stopping.Progress:
+        """Where the validations stand; the same on all processes."""
+        return early_stopping.judge(self.validations, self.arguments)
+
+    def _keep_if_best(self, values: Mapping[str, float], metric: str) -> None:
+        """Note the metric of the main process on all of them, and keep the model where it is better than before."""
+        if metric not in values:
+            raise ValueError(f"training.best_metric={metric} is none of the validation: it gives {sorted(values)}.")
+        value = torch.tensor([float(values[metric])], dtype=torch.float64)
+        value = broadcast(value.to(self.accelerator.device), from_process=0)
+        self.validations.append((self.step, float(value)))
+        if self._progress().best_step == self.step and self.accelerator.is_main_process:
+            path = early_stopping.best_model_path(self.output_dir, self.step)
+            path.parent.mkdir(exist_ok=True)
+            checkpoints.save_model(path, self.unwrapped, self.processor)
+
+    def _save_final_model(self, model_path: Path) -> None:
+        """The model of the best validation, or that of the last step; the main process calls this."""
+        best_step = self._progress().best_step
+        best = None if best_step is None else early_stopping.best_model_path(self.output_dir, best_step)
+        if best is None or not best.is_dir():
+            if best is not None:
+                logger.warning("%s is gone: the final model is that of step %d", best, self.step)
+            checkpoints.save_model(model_path, self.unwrapped, self.processor)
+        else:
+            logger.info("the final model is that of step %d", best_step)
+            early_stopping.copy_model(best, model_path)
 
     def _write(self, values: Mapping[str, float]) -> None:
         self.record.add_metrics(self.step, values)
@@ -411,6 +454,8 @@ class _Run:
             keep=self.arguments.keep_checkpoints,
         )
         self.saved_step = self.step
+        if self.accelerator.is_main_process:
+            early_stopping.remove_others(self.output_dir, self._progress().best_step)
         self.record.set_status("running", self.step)
         logger.info("saved %s", path)
 

@@ -1,37 +1,70 @@
 """The optimiser and its learning rate: AdamW with a no-decay group, and a schedule that is a function of the step."""
 
 import math
+import re
+from collections.abc import Iterable
 
 import torch
 
 from medclip_hf.training.arguments import RunArguments
 
+_BLOCK = re.compile(r"(.*?)\b(?:encoder\.)?layers?\.(\d+)\.")  # (tower, number) of "…text_model.encoder.layer.3.…"
+
 
 def make_optimizer(model: torch.nn.Module, arguments: RunArguments) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of `model`, those that decay first, those that do not second.
 
+    With `layer_decay` each depth of the towers has two such groups, and its share of the learning rate as `lr_scale`.
+
     Raises:
         ValueError: nothing is trainable.
     """
-    decayed: list[torch.nn.Parameter] = []
-    exempt: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decays = arguments.decay_norms_and_biases or is_decayed(name, parameter)
-            (decayed if decays else exempt).append(parameter)
-    if not decayed and not exempt:
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trainable:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train.")
+    scales = layer_scales((name for name, _ in model.named_parameters()), arguments.layer_decay)
+    members: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        decays = arguments.decay_norms_and_biases or is_decayed(name, parameter)
+        members.setdefault((scales[name], decays), []).append(parameter)
     groups = [
-        {"params": decayed, "weight_decay": arguments.weight_decay},
-        {"params": exempt, "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "weight_decay": arguments.weight_decay if decays else 0.0,
+            "lr_scale": scale,
+        }
+        for (scale, decays), parameters in sorted(members.items(), key=lambda item: item[0], reverse=True)
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=arguments.learning_rate,
         betas=(arguments.adam_beta1, arguments.adam_beta2),
         eps=arguments.adam_epsilon,
-        fused=all(parameter.is_cuda for parameter in decayed + exempt),
+        fused=all(parameter.is_cuda for parameter in trainable.values()),
     )
+
+
+def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
+    """The share of the learning rate that each parameter gets: decay ** (blocks between it and the top of its tower).
+
+    A tower is what its blocks (`layer.3` or `layers.3`) have before them in their names. Its embeddings lie one below
+    the first block; whatever is in no tower, and what a tower has above its blocks, gets the whole rate.
+    """
+    names = list(names)
+    blocks = {name: match for name in names if (match := _BLOCK.match(name))}
+    heights: dict[str, int] = {}
+    for match in blocks.values():
+        heights[match[1]] = max(heights.get(match[1], 0), int(match[2]) + 1)
+    scales = {}
+    for name in names:
+        tower = next((tower for tower in heights if name.startswith(tower)), None)
+        depth = 0
+        if name in blocks:
+            depth = heights[blocks[name][1]] - int(blocks[name][2])
+        elif tower is not None and "embeddings" in name:
+            depth = heights[tower] + 1
+        scales[name] = decay**depth
+    return scales
 
 
 def is_decayed(name: str, parameter: torch.Tensor) -> bool:
@@ -59,6 +92,6 @@ def learning_rate_at(step: int, arguments: RunArguments, max_steps: int, steps_p
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give every group of the optimiser this learning rate."""
+    """Give every group of the optimiser its share of this learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
