@@ -36,8 +36,11 @@ CASES = {  # number of processes: name: (rows of each process, concepts of each 
         "unequal": ([2, 1, 1, 2], [2, 3, 0, 1, 2, 1]),
         "rows and concepts on some": ([2, 0, 1, 1], [2, 1, 0, 3]),
     },
+    3: {"unequal": ([1, 3, 2], [2, 3, 0, 1, 2, 1])},
+    8: {"unequal": ([1, 2, 0, 1, 1, 3, 1, 1], [2, 3, 0, 1, 2, 1, 0, 1, 4, 2])},
 }
-EVERY_CASE = [(size, case) for size, cases in CASES.items() for case in cases]
+ROWS_AT_ONCE = {"in one block": 8192, "block by block": 1}  # at least one of every process
+EVERY_CASE = [(size, case, blocks) for size, cases in CASES.items() for case in cases for blocks in ROWS_AT_ONCE]
 
 
 def tiny_model(with_concepts=True):
@@ -131,9 +134,11 @@ def process_main(rank, world_size, folder, goldens):
         timeout=timedelta(seconds=60),
     )  # fmt: skip
     for case, (rows, concepts_of_rows) in CASES[world_size].items():
-        model = DistributedDataParallel(tiny_model(with_concepts=case != "stage 1"))
         batch = rows_of_process(make_batch(concepts_of_rows), rows, rank)
-        save_file(step(model, ConceptCLIPObjective(), batch), folder / f"{world_size}-{case}-{rank}")
+        for blocks, rows_at_once in ROWS_AT_ONCE.items():
+            model = DistributedDataParallel(tiny_model(with_concepts=case != "stage 1"))
+            found = step(model, ConceptCLIPObjective(rows_at_once=rows_at_once), batch)
+            save_file(found, folder / f"{world_size}-{case}-{blocks}-{rank}")
     golden = goldens / "conceptclip_losses_base_ws2.safetensors"
     if world_size == 2 and golden.exists():
         save_file(golden_step(*golden_share(load_file(golden), rank)), folder / f"golden-{rank}")
@@ -151,12 +156,12 @@ def folder(tmp_path_factory, repository):
     return folder
 
 
-@pytest.mark.parametrize(("world_size", "case"), EVERY_CASE)
-def test_several_processes_equal_one(world_size, case, folder):
+@pytest.mark.parametrize(("world_size", "case", "blocks"), EVERY_CASE)
+def test_several_processes_equal_one(world_size, case, blocks, folder):
     rows, concepts_of_rows = CASES[world_size][case]
     expected = step(tiny_model(with_concepts=case != "stage 1"), ConceptCLIPObjective(), make_batch(concepts_of_rows))
     for rank in range(world_size):
-        found = load_file(folder / f"{world_size}-{case}-{rank}")
+        found = load_file(folder / f"{world_size}-{case}-{blocks}-{rank}")
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
@@ -165,7 +170,7 @@ def test_several_processes_equal_one(world_size, case, folder):
 
 
 def test_without_concepts_the_heads_have_zero_gradients(folder):
-    gradients = load_file(folder / "2-no concept-0")
+    gradients = load_file(folder / "2-no concept-block by block-0")
     heads = [name for name in gradients if "token_projection" in name or "patch_projection" in name]
     assert heads
     assert all((gradients[name] == 0).all() for name in heads)

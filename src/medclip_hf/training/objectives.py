@@ -28,10 +28,13 @@ from medclip_hf.modeling.conceptclip.loss_conceptclip import (
 )
 from medclip_hf.modeling.fvlm.loss_fvlm import anatomy_alignment_loss, anatomy_logits
 from medclip_hf.training.distributed import (
+    ROWS_AT_ONCE,
+    Block,
     gather_counts,
     gather_rows,
     num_processes,
     process_index,
+    sum_over_blocks,
     sum_over_processes,
 )
 
@@ -46,6 +49,8 @@ class ConceptCLIPObjective:
             alignment (stage 1) is trained by IT-Align alone.
         use_concept_identity: whether a concept is no negative of an image whose own caption names the same one. The
             release counts it as one.
+        rows_at_once: texts or concepts of all processes that meet this process's images at a time; it bounds the memory
+            of the losses, whatever the number of processes.
     """
 
     model_inputs = (
@@ -67,9 +72,15 @@ class ConceptCLIPObjective:
         "concept_logit_bias",
     )
 
-    def __init__(self, patch_concept_loss_weight: float = 0.5, use_concept_identity: bool = True) -> None:
+    def __init__(
+        self,
+        patch_concept_loss_weight: float = 0.5,
+        use_concept_identity: bool = True,
+        rows_at_once: int = ROWS_AT_ONCE,
+    ) -> None:
         self.patch_concept_loss_weight = patch_concept_loss_weight
         self.use_concept_identity = use_concept_identity
+        self.rows_at_once = rows_at_once
 
     def split(self, batch: Batch, num_chunks: int) -> list[Batch]:
         """At most `num_chunks` micro-batches of nearly equal size; at least one, none empty unless the batch is.
@@ -130,13 +141,30 @@ class ConceptCLIPObjective:
         return {"loss": total_share * num_processes(), **log, **scalars}
 
     def _image_text_share(self, embeddings: dict[str, Tensor], num_images: list[int]) -> Tensor:
-        """IT-Align of this process's images with the texts of all."""
-        return image_text_alignment_loss(
+        """IT-Align of this process's images with the texts of all, a block of texts at a time."""
+
+        def share_of_block(block: Block, images: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+            return image_text_alignment_loss(
+                images,
+                block.rows,
+                scale,
+                bias,
+                first_image_index=block.first_own,
+                captioned_images=block.own_rows,
+                num_texts=sum(num_images),
+            )
+
+        texts = _to_float(embeddings["text_embeds"])
+        scalars = (embeddings[name].mean() for name in ("logit_scale", "logit_bias"))
+        nothing = texts.new_empty(len(texts), 0)
+        return sum_over_blocks(
+            share_of_block,
+            texts,
+            nothing,
+            num_images,
             embeddings["image_embeds"],
-            _gather_embeds(embeddings["text_embeds"], num_images),
-            embeddings["logit_scale"].mean(),
-            embeddings["logit_bias"].mean(),
-            first_image_index=sum(num_images[: process_index()]),
+            *scalars,
+            rows_at_once=self.rows_at_once,
         )
 
     def _patch_concept_share(
@@ -149,19 +177,33 @@ class ConceptCLIPObjective:
     ) -> Tensor:
         """PC-Align of this process's patches with the concepts of all; the patches never travel."""
         first_image_index = sum(num_images[: process_index()])
-        image_of_concept = usable.nonzero()[:, 0] + first_image_index
-        labels = [image_of_concept]
+        labels = [usable.nonzero()[:, 0] + first_image_index]  # the image of each concept
         if self.use_concept_identity:
             labels.append(_concept_ids(batch)[usable])
-        concept_to_image, *concept_ids = gather_rows(torch.stack(labels, dim=1), num_concepts).unbind(1)
-        return patch_concept_alignment_loss(
+
+        def share_of_block(block: Block, patches: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+            concept_to_image, *concept_ids = block.labels.unbind(1)
+            return patch_concept_alignment_loss(
+                patches,
+                block.rows,
+                concept_to_image,
+                scale,
+                bias,
+                first_image_index=first_image_index,
+                concept_ids=concept_ids[0] if concept_ids else None,
+                caption_concepts=(labels[0], labels[1]) if concept_ids else None,
+                num_concepts=sum(num_concepts),
+            )
+
+        scalars = (embeddings[f"concept_{name}"].mean() for name in ("logit_scale", "logit_bias"))
+        return sum_over_blocks(
+            share_of_block,
+            _to_float(embeddings["concept_embeds"][usable]),
+            torch.stack(labels, dim=1),
+            num_concepts,
             embeddings["patch_embeds"],
-            _gather_embeds(embeddings["concept_embeds"][usable], num_concepts),
-            concept_to_image,
-            embeddings["concept_logit_scale"].mean(),
-            embeddings["concept_logit_bias"].mean(),
-            first_image_index=first_image_index,
-            concept_ids=concept_ids[0] if concept_ids else None,
+            *scalars,
+            rows_at_once=self.rows_at_once,
         )
 
 
@@ -194,8 +236,13 @@ def _concept_ids(batch: Batch) -> Tensor:
 
 
 def _gather_embeds(embeds: Tensor, counts: list[int]) -> Tensor:
-    """Those of all processes, in float32 at least: their gradients are added up over processes in that precision."""
-    return gather_rows(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), counts)
+    """Those of all processes."""
+    return gather_rows(_to_float(embeds), counts)
+
+
+def _to_float(embeds: Tensor) -> Tensor:
+    """In float32 at least: gradients are added up over processes in that precision."""
+    return embeds.to(torch.promote_types(embeds.dtype, torch.float32))
 
 
 class Calibration(Protocol):

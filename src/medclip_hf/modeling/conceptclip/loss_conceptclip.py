@@ -21,7 +21,14 @@ ACCELERATOR_CHUNK_BYTES = 128 * 2**20
 
 
 def image_text_alignment_loss(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor, *, first_image_index: int = 0
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    first_image_index: int = 0,
+    captioned_images: slice | None = None,
+    num_texts: int | None = None,
 ) -> Tensor:
     """Pairwise sigmoid loss of these images against all texts of the global batch (IT-Align), a float32 scalar.
 
@@ -32,11 +39,14 @@ def image_text_alignment_loss(
 
     Args:
         image_embeds (b, D): L2-normalised; the images of this process.
-        text_embeds (B, D): L2-normalised; the texts of all processes.
+        text_embeds (B, D): L2-normalised; the texts of all processes, or a block of them.
         logit_scale (1,): s, already exponentiated.
         logit_bias (1,): b.
-        first_image_index: place of `image_embeds[0]` among the global images: text `first_image_index + i` is the
-            caption of image i.
+        first_image_index: place among `text_embeds` of the first caption of `captioned_images`, whose captions follow
+            each other; with the texts of all processes, the place of `image_embeds[0]` among the global images.
+        captioned_images: those images whose captions are among `text_embeds`; None: all. The other images have only
+            negatives here.
+        num_texts: B, where `text_embeds` is but a block of them: the losses of all blocks add up to the whole.
 
     Raises:
         ValueError: where the shapes do not fit each other.
@@ -44,17 +54,19 @@ def image_text_alignment_loss(
     _check_embeds("image_embeds", image_embeds, "(b, D)")
     _check_embeds("text_embeds", text_embeds, "(B, D)")
     _check_same_width(image_embeds, text_embeds, "text_embeds")
-    if first_image_index < 0 or first_image_index + len(image_embeds) > len(text_embeds):
+    first, stop, _ = (captioned_images or slice(None)).indices(len(image_embeds))
+    num_captioned = max(stop - first, 0)
+    if first_image_index < 0 or first_image_index + num_captioned > len(text_embeds):
         raise ValueError(
-            f"{len(image_embeds)} images from index {first_image_index} on need as many captions, but text_embeds has "
+            f"{num_captioned} images from index {first_image_index} on need as many captions, but text_embeds has "
             f"{len(text_embeds)} rows. Give the texts of all processes and the global index of the first local image."
         )
     dtype = _loss_dtype(image_embeds)
     tensors = [t.to(dtype) for t in (image_embeds, text_embeds, logit_scale, logit_bias)]
     needs_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     with torch.autocast(image_embeds.device.type, enabled=False):
-        total = _SigmoidPairLossSum.apply(*tensors, first_image_index, needs_gradients)
-    return total / max(len(text_embeds), 1)
+        total = _SigmoidPairLossSum.apply(*tensors, first, num_captioned, first_image_index, needs_gradients)
+    return total / max(len(text_embeds) if num_texts is None else num_texts, 1)
 
 
 def pool_concepts(token_embeds: Tensor, concept_token_spans: Tensor, concept_mask: Tensor) -> Tensor:
@@ -118,6 +130,8 @@ def patch_concept_alignment_loss(
     *,
     first_image_index: int = 0,
     concept_ids: Tensor | None = None,
+    caption_concepts: tuple[Tensor, Tensor] | None = None,
+    num_concepts: int | None = None,
 ) -> Tensor:
     """Pairwise sigmoid loss of these images' best patches against all concepts of the global batch (PC-Align), float32.
 
@@ -129,7 +143,7 @@ def patch_concept_alignment_loss(
 
     Args:
         patch_embeds (b, P, D): L2-normalised; the images of this process.
-        concept_embeds (N, D): L2-normalised; the concepts of all processes.
+        concept_embeds (N, D): L2-normalised; the concepts of all processes, or a block of them.
         concept_to_image (N,): global index of the image each concept belongs to; -1 where a row is padding, which
             counts for nothing.
         logit_scale (1,): s, already exponentiated.
@@ -137,6 +151,9 @@ def patch_concept_alignment_loss(
         first_image_index: place of `patch_embeds[0]` among the global images.
         concept_ids (N,): identity of each concept. A concept is then no negative of an image whose own caption names
             the same one; without ids, as in the release, it is.
+        caption_concepts: `concept_to_image` and `concept_ids` (n,) of the concepts that these images' own captions
+            name, where `concept_embeds` is a block that need not hold them.
+        num_concepts: N, where `concept_embeds` is but a block of them: the losses of all blocks add up to the whole.
 
     Raises:
         ValueError: where the shapes do not fit each other.
@@ -152,9 +169,10 @@ def patch_concept_alignment_loss(
     is_concept = concept_to_image >= 0
     losses = F.softplus(torch.where(is_own, -logits, logits)).masked_fill(~is_concept, 0.0)
     if concept_ids is not None:
-        is_named = _named_in_caption(concept_ids, concept_to_image - first_image_index, num_images)
+        owner, named_ids = caption_concepts or (concept_to_image, concept_ids)
+        is_named = _named_in_caption(concept_ids, named_ids, owner - first_image_index, num_images)
         losses = losses.masked_fill(is_named & ~is_own, 0.0)
-    return losses.sum() / is_concept.sum().clamp(min=1)
+    return losses.sum() / (is_concept.sum().clamp(min=1) if num_concepts is None else max(num_concepts, 1))
 
 
 def best_patch_similarity(patch_embeds: Tensor, concept_embeds: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +202,15 @@ class _SigmoidPairLossSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, first_image: int, gradients: bool
+        ctx: Any,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        first_captioned: int,
+        num_captioned: int,
+        first_caption: int,
+        gradients: bool,
     ) -> Tensor:
         total = images.new_zeros(())
         slope_images, slope_texts = torch.zeros_like(images), torch.zeros_like(texts)
@@ -194,13 +220,16 @@ class _SigmoidPairLossSum(torch.autograd.Function):
         columns = _chunk_entries(images) // rows
         for row, column in product(range(0, len(images), rows), range(0, len(texts), columns)):
             some_images, some_texts = images[row : row + rows], texts[column : column + columns]
-            own = first_image + row - column  # the diagonal on which images meet their captions, if inside
             logits = (some_images @ some_texts.T).mul_(scale).add_(bias)
-            logits.diagonal(own).neg_()  # now each entry is -z logit
+            # Of the rows that have a caption, the diagonal on which they meet it, if it is inside.
+            top = min(max(first_captioned - row, 0), len(logits))
+            captioned = slice(top, max(first_captioned + num_captioned - row, 0))
+            own = first_caption + (row + top - first_captioned) - column
+            logits[captioned].diagonal(own).neg_()  # now each entry is -z logit
             total += F.softplus(logits).sum()
             if gradients:
                 slopes = logits.sigmoid_()
-                slopes.diagonal(own).neg_()  # now each entry is d loss / d logit
+                slopes[captioned].diagonal(own).neg_()  # now each entry is d loss / d logit
                 slope_images[row : row + rows].addmm_(slopes, some_texts)
                 slope_texts[column : column + columns].addmm_(slopes.T, some_images)
                 slope_bias += slopes.sum()
@@ -212,7 +241,7 @@ class _SigmoidPairLossSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        return *(grad_total * slope for slope in ctx.saved_tensors), None, None
+        return *(grad_total * slope for slope in ctx.saved_tensors), None, None, None, None
 
 
 class _BestPatchSimilarity(torch.autograd.Function):
@@ -284,15 +313,25 @@ def _similarity_at(patches: Tensor, concepts: Tensor, best: Tensor) -> Tensor:
     return (chosen.float() * concepts.float()).sum(-1)  # vecdot would obey autocast
 
 
-def _named_in_caption(concept_ids: Tensor, concept_to_row: Tensor, num_rows: int) -> Tensor:
-    """Which captions name which concept, (num_rows, N) bool; concepts of captions outside [0, num_rows) only ask."""
-    sorted_ids = concept_ids.sort().values
-    key = torch.searchsorted(sorted_ids, concept_ids.contiguous())  # (N,): the same for the same identity, below N
-    outside = (concept_to_row < 0) | (concept_to_row >= num_rows)
-    row = concept_to_row.masked_fill(outside, num_rows)  # one spare row for them all
-    named = torch.zeros((num_rows + 1, len(concept_ids)), dtype=torch.bool, device=concept_ids.device)
-    named[row, key] = True
-    return named[:num_rows, key]
+def _named_in_caption(concept_ids: Tensor, named_ids: Tensor, named_rows: Tensor, num_rows: int) -> Tensor:
+    """Which captions name which concept, (num_rows, N) bool.
+
+    Args:
+        concept_ids (N,): what is asked for.
+        named_ids (n,): concepts that captions name.
+        named_rows (n,): the caption of each; those outside [0, num_rows) count for nothing.
+        num_rows: captions there are.
+    """
+    if len(named_ids) == 0:
+        return torch.zeros((num_rows, len(concept_ids)), dtype=torch.bool, device=concept_ids.device)
+    sorted_ids = named_ids.sort().values
+    key = torch.searchsorted(sorted_ids, torch.cat([named_ids, concept_ids]))  # the same for the same identity
+    named_key, asked_key = key.clamp(max=len(sorted_ids) - 1).split([len(named_ids), len(concept_ids)])
+    outside = (named_rows < 0) | (named_rows >= num_rows)
+    row = named_rows.masked_fill(outside, num_rows)  # one spare row for them all
+    named = torch.zeros((num_rows + 1, len(named_ids)), dtype=torch.bool, device=concept_ids.device)
+    named[row, named_key] = True
+    return named[:num_rows, asked_key] & (sorted_ids[asked_key] == concept_ids)
 
 
 def _chunk_entries(like: Tensor) -> int:
