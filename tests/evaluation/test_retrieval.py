@@ -2,10 +2,11 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
-from medclip_hf.evaluation.retrieval import hit_probability, retrieval_recall
+from medclip_hf.evaluation.retrieval import hit_probability, retrieval_hits, retrieval_recall
 
 
 def test_perfect_pairs_are_found_first():
@@ -77,6 +78,39 @@ def test_chunks_change_nothing():
     generator = torch.Generator().manual_seed(0)
     images, texts = torch.randn(23, 8, generator=generator), torch.randn(23, 8, generator=generator)
     assert retrieval_recall(images, texts, chunk_size=5) == pytest.approx(retrieval_recall(images, texts))
+
+
+def test_blocks_count_what_the_whole_matrix_does_where_images_have_several_texts_and_scores_tie():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 2, (17, 6), generator=generator).float() + 0.1
+    owner = torch.randint(0, 17, (40,), generator=generator)
+    owner[:17] = torch.arange(17)
+    texts = torch.randint(0, 2, (40, 6), generator=generator).float() + 0.1
+    ks = (1, 2, 5, 30)
+    similarity = torch.nn.functional.normalize(images, dim=1) @ torch.nn.functional.normalize(texts, dim=1).T
+    is_partner = owner[None] == torch.arange(17)[:, None]
+    hits = retrieval_hits(images, texts, ks, text_to_image=owner, chunk_size=7)
+    torch.testing.assert_close(hits.image_to_text, hit_probability(similarity, is_partner, ks))
+    torch.testing.assert_close(hits.text_to_image, hit_probability(similarity.T, is_partner.T, ks))
+
+
+def test_recall_of_random_embeddings_is_what_numpy_s_ranks_give():
+    rng = np.random.default_rng(0)
+    images, texts = rng.normal(size=(50, 8)).astype(np.float32), rng.normal(size=(50, 8)).astype(np.float32)
+    similarity = images / np.linalg.norm(images, axis=1, keepdims=True)
+    similarity = similarity @ (texts / np.linalg.norm(texts, axis=1, keepdims=True)).T
+    ranks = (similarity > np.diag(similarity)[:, None]).sum(axis=1)
+    recall = retrieval_recall(torch.from_numpy(images), torch.from_numpy(texts), ks=(1, 5, 10), chunk_size=16)
+    for k in (1, 5, 10):
+        assert recall[f"image_to_text_recall@{k}"] == pytest.approx((ranks < k).mean())
+
+
+def test_intervals_resample_queries_by_patient_and_leave_the_gallery_alone():
+    hits = retrieval_hits(torch.eye(4), torch.eye(4)[[0, 1, 3, 2]], ks=(1,))
+    interval = hits.recall_with_intervals(groups=["a", "a", "b", "b"], num_resamples=200)["image_to_text_recall@1"]
+    assert (interval.value, interval.low, interval.high) == (0.5, 0.0, 1.0)
+    perfect = retrieval_hits(torch.eye(4), torch.eye(4), ks=(1,)).recall_with_intervals(num_resamples=50)
+    assert all((figure.low, figure.high) == (1.0, 1.0) for figure in perfect.values())
 
 
 def test_half_precision_is_compared_in_single():

@@ -1,0 +1,410 @@
+"""Files of a data set to rows, one for each image mentioned: folders by class, label tables, caption lines, `datasets`.
+
+Nothing is judged here but whether a file can be read at all; `task_data` checks the rows.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medclip_hf.evaluation.tasks import Layout, Task
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".ppm", ".pgm")
+# One word for each split, whatever a data set calls it.
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
+}
+# What a column may be called; the first that a table has counts.
+COLUMN_WORDS = {
+    "image": ("image", "path", "file_name", "filename", "file", "image_path", "img"),
+    "label": ("label", "labels", "class", "diagnosis"),
+    "split": ("split", "set", "subset"),
+    "patient": ("patient", "patient_id", "subject_id", "subject"),
+    "id": ("id", "image_id", "item_id"),
+    "caption": ("captions", "caption", "text", "report"),
+}
+LABEL_SEPARATOR = "|"
+DATASETS_PREFIX = "datasets:"
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """What a data set says of one image.
+
+    Args:
+        item_id: names the image; its path where there is nothing else.
+        where: file and line, for messages.
+        path: of the image, relative to the folder; None where `read` gives it.
+        read: the encoded image of a row that has no file.
+        fingerprint: of what `read` gives.
+        labels: names or numbers of its classes, as written; None where the layout has a cell for each class.
+        cells: (class, cell) of such a layout.
+        captions: its texts.
+        split: canonical word; None where the data set has none.
+        patient: whose image it is; a group for resampling, never written anywhere.
+    """
+
+    item_id: str
+    where: str
+    path: str | None = None
+    read: Callable[[], bytes] | None = None
+    fingerprint: str = ""
+    labels: tuple[str, ...] | None = None
+    cells: tuple[tuple[str, str], ...] | None = None
+    captions: tuple[str, ...] = ()
+    split: str | None = None
+    patient: str | None = None
+
+
+@dataclass(frozen=True)
+class BrokenRow:
+    """A line that is no row, and why."""
+
+    where: str
+    reason: str
+
+
+Rows = Iterator[RawRow | BrokenRow]
+
+
+def canonical_split(word: str) -> str:
+    """One word for each split: validation for "val", and so on; other words stay as they are, in lower case."""
+    lowered = word.strip().lower()
+    return SPLIT_WORDS.get(lowered, lowered)
+
+
+def detect_layout(folder: Path, task: Task) -> Layout:
+    """The layout of a folder: the task's own, else by the files that lie in it.
+
+    Raises:
+        ValueError: it cannot be told.
+    """
+    if task.layout is not None:
+        return task.layout
+    if task.label_file is not None:
+        return _layout_of_file(folder / task.label_file, task)
+    for pattern in ("*.jsonl", "*.csv"):
+        for path in sorted(folder.glob(pattern)):
+            return _layout_of_file(path, task)
+    if any(_class_folders(folder)) or any(
+        canonical_split(child.name) in SPLIT_WORDS.values() for child in _folders(folder)
+    ):
+        return "image_folder"
+    raise ValueError(
+        f"cannot tell the layout of {folder}: expected a folder for each class, a CSV table or JSON lines. Name it as "
+        "'layout' in a task file."
+    )
+
+
+def _layout_of_file(path: Path, task: Task) -> Layout:
+    if path.suffix == ".jsonl":
+        return "caption_lines"
+    return "multi_label_table" if task.is_multi_label else "label_table"
+
+
+def read_rows(folder: Path, task: Task, columns: Mapping[str, str] | None = None) -> Rows:
+    """Every row of a data set, of all splits.
+
+    Args:
+        folder: where it lies.
+        task: says layout, classes and file names.
+        columns: what a table calls "image", "label", "split", "patient", "id", "caption", where that is unusual.
+
+    Raises:
+        ValueError: there is no such folder or file, or a table lacks a column.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}: name the one that holds the data of {task.name}")
+    layout = detect_layout(folder, task)
+    if layout == "image_folder":
+        return _folder_rows(folder)
+    if layout == "caption_lines":
+        return _line_rows(_files_of(folder, task, ".jsonl"), columns or {})
+    if layout in ("label_table", "multi_label_table"):
+        return _table_rows(_files_of(folder, task, ".csv"), task, layout, columns or {})
+    raise ValueError(f"{task.name} is a task of CT scans ({layout}); see medclip_hf.evaluation.ct_protocols")
+
+
+# Folders ---------------------------------------------------------------------------------------------------------
+
+
+def _folder_rows(folder: Path) -> Rows:
+    """<split>/<class>/<image> or <class>/<image>."""
+    splits = [child for child in _folders(folder) if canonical_split(child.name) in SPLIT_WORDS.values()]
+    for top in splits or [folder]:
+        for class_folder in _folders(top):
+            for path in sorted(class_folder.rglob("*")):
+                if path.name.startswith(".") or not path.is_file():
+                    continue
+                relative = path.relative_to(folder).as_posix()
+                if path.suffix.lower() not in IMAGE_ENDINGS:
+                    yield BrokenRow(relative, "not an image file")
+                    continue
+                yield RawRow(
+                    item_id=relative,
+                    where=relative,
+                    path=relative,
+                    labels=(class_folder.name,),
+                    split=canonical_split(top.name) if splits else None,
+                )
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def _class_folders(folder: Path) -> Iterator[Path]:
+    for child in _folders(folder):
+        if any(path.suffix.lower() in IMAGE_ENDINGS for path in child.rglob("*")):
+            yield child
+
+
+# Tables and lines ------------------------------------------------------------------------------------------------
+
+
+def _files_of(folder: Path, task: Task, ending: str) -> list[Path]:
+    if task.label_file is not None:
+        path = folder / task.label_file
+        if not path.is_file():
+            raise ValueError(f"{task.name} expects the file {path}")
+        return [path]
+    files = sorted(path for path in folder.glob(f"*{ending}") if not path.name.startswith("."))
+    by_split = [path for path in files if canonical_split(path.stem) in SPLIT_WORDS.values()]
+    if by_split:
+        return by_split
+    if len(files) == 1:
+        return files
+    raise ValueError(
+        f"{folder} holds {len(files)} files *{ending}: expected one, or one for each split named train{ending}, "
+        f"validation{ending}, test{ending}; or name it as 'label_file' in a task file."
+    )
+
+
+def _table_rows(files: Sequence[Path], task: Task, layout: Layout, columns: Mapping[str, str]) -> Rows:
+    for path in files:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            header = list(reader.fieldnames or ())
+            names = _named_columns(path, header, columns)
+            classes = _class_columns(path, header, names, task) if layout == "multi_label_table" else ()
+            if not classes and "label" not in names:
+                raise ValueError(f"{path} has no column for labels; its columns are {header}. Map one with columns.")
+            for row in reader:
+                yield _table_row(f"{path.name} line {reader.line_num}", row, names, classes, _split_of_file(path))
+
+
+def _named_columns(path: Path, header: Sequence[str], columns: Mapping[str, str]) -> dict[str, str]:
+    """The table's name of every column that is needed and there."""
+    absent = sorted(set(columns.values()) - set(header))
+    unknown = sorted(set(columns) - set(COLUMN_WORDS))
+    if absent or unknown:
+        raise ValueError(
+            f"{path} has the columns {list(header)}, not {absent}; columns are mapped from {list(COLUMN_WORDS)}"
+            + (f", not {unknown}" if unknown else "")
+        )
+    lowered = {name.lower(): name for name in reversed(header)}
+    found = {key: next((lowered[word] for word in words if word in lowered), "") for key, words in COLUMN_WORDS.items()}
+    named = {key: name for key, name in found.items() if name} | dict(columns)
+    if "image" not in named:
+        raise ValueError(f"{path} has no column for images; its columns are {list(header)}. Map one with columns.")
+    return named
+
+
+def _class_columns(path: Path, header: Sequence[str], names: Mapping[str, str], task: Task) -> tuple[str, ...]:
+    """The columns of classes; empty where a label column names them."""
+    if task.class_names is not None and not set(task.class_names) & set(header) and "label" in names:
+        return ()
+    if task.class_names is not None:
+        absent = [name for name in task.class_names if name not in header]
+        if absent:
+            raise ValueError(f"{path} lacks the columns {absent} of {task.name}; it has {list(header)}")
+        return task.class_names
+    reserved = set(names.values()) - ({names["label"]} if "label" in names else set())
+    return tuple(name for name in header if name not in reserved)
+
+
+def _table_row(
+    where: str, row: dict[str, Any], names: Mapping[str, str], classes: Sequence[str], split: str | None
+) -> RawRow | BrokenRow:
+    if None in row or any(value is None for value in row.values()):
+        return BrokenRow(where, "another number of cells than the header")
+    path = row[names["image"]].strip()
+    if not path:
+        return BrokenRow(where, "names no image")
+    label = row.get(names.get("label", ""), "").strip()
+    return RawRow(
+        item_id=row.get(names.get("id", ""), "").strip() or path,
+        where=where,
+        path=path,
+        labels=None if classes else tuple(part.strip() for part in label.split(LABEL_SEPARATOR) if part.strip()),
+        cells=tuple((name, row[name].strip()) for name in classes) if classes else None,
+        split=_split_of_cell(row.get(names.get("split", ""), "")) or split,
+        patient=row.get(names.get("patient", ""), "").strip() or None,
+    )
+
+
+def _line_rows(files: Sequence[Path], columns: Mapping[str, str]) -> Rows:
+    for path in files:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _line_row(f"{path.name} line {number}", line, columns, _split_of_file(path))
+
+
+def _line_row(where: str, line: str, columns: Mapping[str, str], split: str | None) -> RawRow | BrokenRow:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return BrokenRow(where, "not JSON")
+    if not isinstance(record, dict):
+        return BrokenRow(where, "not a JSON object")
+    values = {
+        key: _first_of(record, (columns[key],) if key in columns else words) for key, words in COLUMN_WORDS.items()
+    }
+    path, captions = values["image"], values["caption"]
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(path, str) or not path.strip():
+        return BrokenRow(where, "names no image")
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        return BrokenRow(where, "has no caption")
+    return RawRow(
+        item_id=str(values["id"] or path),
+        where=where,
+        path=path,
+        captions=tuple(caption.strip() for caption in captions if caption.strip()),
+        split=_split_of_cell(str(values["split"] or "")) or split,
+        patient=str(values["patient"]) if values["patient"] is not None else None,
+    )
+
+
+def _first_of(record: Mapping[str, Any], words: Sequence[str]) -> Any:
+    return next((record[word] for word in words if word in record), None)
+
+
+def _split_of_cell(cell: str) -> str | None:
+    return canonical_split(cell) if cell and cell.strip() else None
+
+
+def _split_of_file(path: Path) -> str | None:
+    word = canonical_split(path.stem)
+    return word if word in SPLIT_WORDS.values() else None
+
+
+# Hugging Face datasets -------------------------------------------------------------------------------------------
+
+
+def read_dataset_rows(name: str, split: str, task: Task, columns: Mapping[str, str] | None = None) -> list[RawRow]:
+    """The rows of one split of a data set on the Hub, or of a folder written by `save_to_disk`.
+
+    Args:
+        name: repository, or folder.
+        split: as `datasets` calls it, or a word for it.
+        task: names the classes where the features do not.
+        columns: see `read_rows`.
+
+    Raises:
+        ValueError: the data set or its split is not there, or it has no column of images.
+    """
+    table = _load_split(name, split)
+    names = _dataset_columns(table, columns or {}, name)
+    table = table.cast_column(names["image"], _undecoded_image())
+    label_names = _label_names(table.features.get(names.get("label", ""))) if "label" in names else None
+    plain = table.remove_columns([column for column in table.column_names if column == names["image"]])
+    rows = []
+    for place, record in enumerate(plain):
+        values = {key: record.get(column) for key, column in names.items()}
+        captions = [values["caption"]] if isinstance(values.get("caption"), str) else values.get("caption") or []
+        rows.append(
+            RawRow(
+                item_id=str(values.get("id") if values.get("id") is not None else place),
+                where=f"{name} row {place}",
+                read=_DatasetImage(table, place, names["image"]),
+                fingerprint=f"{table._fingerprint}:{place}",
+                labels=_dataset_labels(values.get("label"), label_names),
+                cells=_dataset_cells(record, task),
+                captions=tuple(str(caption) for caption in captions if str(caption).strip()),
+                split=canonical_split(split),
+                patient=str(values["patient"]) if values.get("patient") is not None else None,
+            )
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class _DatasetImage:
+    """Reads the encoded image of one row when it is needed."""
+
+    table: Any
+    place: int
+    column: str
+
+    def __call__(self) -> bytes:
+        image = self.table[self.place][self.column]
+        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+
+def _load_split(name: str, split: str) -> Any:
+    import datasets
+
+    try:
+        if Path(name).is_dir() and (
+            (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file()
+        ):
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(name)
+    except Exception as error:  # the builders of data sets raise any type; each is this data set's fault
+        raise ValueError(f"datasets cannot load {name}: {type(error).__name__}: {error}") from error
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    found = {canonical_split(word): word for word in loaded}
+    if canonical_split(split) not in found:
+        raise ValueError(f"{name} has the splits {sorted(loaded)}, not {split!r}")
+    return loaded[found[canonical_split(split)]]
+
+
+def _undecoded_image() -> Any:
+    import datasets
+
+    return datasets.Image(decode=False)
+
+
+def _dataset_columns(table: Any, columns: Mapping[str, str], name: str) -> dict[str, str]:
+    import datasets
+
+    names = _named_columns(Path(name), [*table.column_names, "image"], columns)
+    if not isinstance(table.features.get(names["image"]), datasets.Image):
+        images = [column for column, feature in table.features.items() if isinstance(feature, datasets.Image)]
+        if not images:
+            raise ValueError(f"{name} has no column of images; its columns are {table.column_names}")
+        names["image"] = images[0]
+    return names
+
+
+def _label_names(feature: Any) -> list[str] | None:
+    inner = getattr(feature, "feature", feature)  # a list of class labels, or one
+    return list(inner.names) if hasattr(inner, "names") else None
+
+
+def _dataset_labels(value: Any, label_names: Sequence[str] | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    values = value if isinstance(value, list) else [value]
+    return tuple(
+        label_names[item]
+        if label_names is not None and isinstance(item, int) and 0 <= item < len(label_names)
+        else str(item)
+        for item in values
+    )
+
+
+def _dataset_cells(record: Mapping[str, Any], task: Task) -> tuple[tuple[str, str], ...] | None:
+    """Cells of a data set that has a column for each class."""
+    if not task.is_multi_label or task.class_names is None or not set(task.class_names) <= set(record):
+        return None
+    return tuple((name, "" if record[name] is None else str(record[name])) for name in task.class_names)
