@@ -248,11 +248,11 @@ class Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/(?:(datasets|spaces)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.route):
             self._resolve((match[1] or "models")[:-1], *match.groups()[1:])
         if match := re.fullmatch(r"/api/(model|dataset|space)s/([^/]+/[^/]+)(?:/(\w+)/([^/]+))?(/.+)?", self.route):
-            repo_type, name, action, revision, _ = match.groups()
+            repo_type, name, action, revision, folder = match.groups()
             if action in (None, "revision"):
                 self._info(self._readable(repo_type, name), revision or "main")
             if action == "tree":
-                self._tree(self._readable(repo_type, name), revision)
+                self._tree(self._readable(repo_type, name), revision, (folder or "/")[1:])
             if action == "preupload":
                 self._preupload(self._writable(repo_type, name), revision)
             if action == "commit":
@@ -298,9 +298,13 @@ class Handler(BaseHTTPRequestHandler):
             },
         )
 
-    def _tree(self, repository: Repository, revision: str) -> None:
-        commit = self._commit_at(repository, revision)
-        raise Answer(200, [self._entry(path, content) for path, content in sorted(commit.files.items())])
+    def _tree(self, repository: Repository, revision: str, folder: str) -> None:
+        files = self._commit_at(repository, revision).files
+        prefix = f"{folder}/" if folder else ""
+        inside = [self._entry(path, files[path]) for path in sorted(files) if path.startswith(prefix)]
+        if folder and not inside:
+            raise failure(404, "EntryNotFound", f"{folder} does not exist on {revision}")
+        raise Answer(200, inside)
 
     def _entry(self, path: str, content: bytes) -> dict:
         entry = {"type": "file", "path": path, "size": len(content), "oid": git_hash(content)}
