@@ -3,6 +3,7 @@
     python benchmarks/medconcept.py stages
     python benchmarks/medconcept.py scaling --figures 4000 --workers 1 2 4
     python benchmarks/medconcept.py memory --captions 40000
+    python benchmarks/medconcept.py concepts --captions 1000000
     python benchmarks/medconcept.py duplicates --rows 4000000
     python benchmarks/medconcept.py quality --sample ../shared/data/pmc_sample --others ../shared/data/bccd
 
@@ -73,7 +74,7 @@ SENTENCES = (
 def main() -> None:
     """Run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("stages", "scaling", "memory", "duplicates", "quality"))
+    parser.add_argument("what", choices=("stages", "scaling", "memory", "concepts", "duplicates", "quality"))
     parser.add_argument("--figures", type=int, default=2000)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--captions", type=int, default=40_000)
@@ -89,6 +90,7 @@ def main() -> None:
         "stages": measure_stages,
         "scaling": measure_scaling,
         "memory": measure_memory,
+        "concepts": measure_concepts,
         "duplicates": measure_duplicates,
         "quality": measure_quality,
     }
@@ -232,6 +234,26 @@ def measure_child(request: dict[str, Any]) -> dict[str, float]:
         build_medconcept(engine_settings(table, Path(folder) / "out"))
         seconds = time.perf_counter() - start
     return {"seconds": seconds, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def measure_concepts(arguments: argparse.Namespace) -> None:
+    """Memory and rate of the concept extractor over captions of which no two are alike, and most words of each new."""
+    extract = concept_extractor(ConceptSettings())
+    rng = random.Random(1)
+    start, done, step = time.process_time(), 0, max(1, arguments.captions // 8)
+    print(f"{'captions':>10}{'CPU s':>9}{'captions/s':>12}{'largest memory MB':>19}")
+    while done < arguments.captions:
+        for _ in range(0, step, 250):
+            extract([new_caption(rng) for _ in range(250)])
+            done += 250
+        seconds, megabytes = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"{done:>10,}{seconds:>9.1f}{done / seconds:>12,.0f}{megabytes:>19,.0f}", flush=True)
+
+
+def new_caption(rng: random.Random) -> str:
+    """Some 520 characters, half of them words that no other caption has."""
+    invented = ("".join(rng.choices("abcdefghilmnoprstu", k=rng.randint(4, 11))) for _ in range(30))
+    return " ".join([*rng.choices(SENTENCES, k=3), *invented, "."])
 
 
 def engine_settings(table: Path, output: Path) -> EngineSettings:
