@@ -138,3 +138,22 @@ def test_a_card_written_again_leaves_no_results_of_the_model_before_it(tmp_path)
 def test_a_card_needs_the_folder_of_its_model(tmp_path):
     with pytest.raises(ValueError, match="Save the model there first"):
         write_card(tmp_path / "absent", facts())
+
+
+@pytest.mark.parametrize("name", ["conceptclip", "fvlm"])
+def test_the_cards_of_the_two_systems_have_metadata_and_every_section(repository, name):
+    card = ModelCard.load(repository / "model_cards" / f"{name}.md", ignore_metadata_errors=False)
+    assert {"license", "library_name", "language", "metrics", "tags"} <= card.data.to_dict().keys()
+    for section in (
+        "Architecture",
+        "Data",
+        "Training recipe",
+        "Evaluation",
+        "Intended use and misuse",
+        "Limits and bias",
+        "Licence",
+        "Names",
+        "Citation",
+    ):
+        assert f"\n## {section}" in card.text
+    assert "Not a medical device" in card.text

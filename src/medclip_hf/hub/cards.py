@@ -30,15 +30,16 @@ DISCLAIMER = (
 )
 
 _CITATIONS = {
-    "conceptclip": """@article{nie2025conceptclip,
-  title   = {An Explainable Biomedical Foundation Model via Large-Scale Concept-Enhanced Vision-Language Pre-training},
-  author  = {Nie, Yuxiang and others},
-  journal = {arXiv preprint arXiv:2501.15579},
-  year    = {2025}
+    "conceptclip": """@article{nie2026conceptclip,
+  title   = {An explainable biomedical foundation model via large-scale concept-enhanced vision-language pre-training},
+  author  = {Nie, Yuxiang and He, Sunan and Bie, Yequan and others},
+  journal = {Nature Biomedical Engineering},
+  year    = {2026},
+  doi     = {10.1038/s41551-026-01764-x}
 }""",
     "fvlm": """@inproceedings{shui2025fvlm,
   title     = {Large-scale and Fine-grained Vision-language Pre-training for Enhanced {CT} Image Understanding},
-  author    = {Shui, Zhongyi and others},
+  author    = {Shui, Zhongyi and Zhang, Jianpeng and Cao, Weiwei and others},
   booktitle = {International Conference on Learning Representations},
   year      = {2025},
   note      = {arXiv:2501.14548}
