@@ -149,9 +149,6 @@ class ConceptCLIPForReportGeneration(PreTrainedModel):
         """False, for the reason given in [`ConceptCLIPModel.is_custom_code`]."""
         return False
 
-    def clamp_logit_scales_(self) -> None:
-        """Nothing: there is no logit scale here. The training loop calls this for every model."""
-
     def freeze_towers_(self) -> None:
         """Stop training everything but the projection. `requires_grad` is not saved: after loading, freeze again."""
         self.vision_model.requires_grad_(False)

@@ -182,9 +182,6 @@ class ConceptCLIPForVisualQuestionAnswering(PreTrainedModel):
         """False, for the reason given in [`ConceptCLIPModel.is_custom_code`]."""
         return False
 
-    def clamp_logit_scales_(self) -> None:
-        """Nothing: there is no logit scale here. The training loop calls this for every model."""
-
     def get_input_embeddings(self) -> nn.Module:
         """The word embeddings of the text tower."""
         return self.text_model.get_input_embeddings()

@@ -148,9 +148,6 @@ class FVLMForReportGeneration(PreTrainedModel):
         """
         return False
 
-    def clamp_logit_scales_(self) -> None:
-        """Nothing: fVLM's own is frozen. The training loop calls this for every model."""
-
     def freeze_towers_(self) -> None:
         """Stop training everything but the projection. `requires_grad` is not saved: after loading, freeze again."""
         self.fvlm.requires_grad_(False)
