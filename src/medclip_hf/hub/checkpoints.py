@@ -1,8 +1,15 @@
-"""Weights from files of any origin: read without running their code, renamed by tables, loaded without a gap."""
+"""Weights from files of any origin: read without running their code, renamed by tables, loaded without a gap.
 
+Files are mapped into memory, not copied: a conversion holds views of the file, and what it writes is read from there.
+"""
+
+import json
 import pickle
 import re
+import struct
+import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,28 +19,125 @@ from torch import Tensor, nn
 
 RenamingTable = Sequence[tuple[str, str]]  # (pattern of a whole key, its replacement or the reason to drop it)
 
+_INDEX = "model.safetensors.index.json"
+_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt")
+# Formats that are not tensors under names, or that cannot be read without running what they hold.
+_REFUSED_SUFFIXES = {
+    ".pkl": "a pickle runs code when it is read",
+    ".pickle": "a pickle runs code when it is read",
+    ".joblib": "a pickle runs code when it is read",
+    ".npy": "an array without names",
+    ".npz": "arrays of NumPy",
+    ".h5": "weights of Keras",
+    ".msgpack": "weights of Flax",
+    ".onnx": "a graph and not weights by name",
+}
+# All that the unpickler of `torch.load(weights_only=True)` was seen to raise on damaged or foreign files.
+_READ_ERRORS = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    struct.error,
+)
+
+
+@dataclass
+class Conversion:
+    """Weights under new names, and what became of every key that came.
+
+    Args:
+        weights: by new name; views of the source where the values are its own.
+        sources: new name -> the keys whose values it holds; empty for what has no source.
+        dropped: key -> the reason why it has no place.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, value: Tensor, *sources: str) -> None:
+        """Take up a weight."""
+        self.weights[name] = value
+        self.sources[name] = sources
+
+    def used(self) -> dict[str, list[str]]:
+        """Key that came -> the new names that hold its values."""
+        places: dict[str, list[str]] = {}
+        for name, keys in self.sources.items():
+            for key in keys:
+                places.setdefault(key, []).append(name)
+        return places
+
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Tensors by name of a `.safetensors` file, or of a PyTorch file directly or under "model" or "state_dict".
 
+    The tensors are mapped from the file, which must stay as it is while they are used. Only PyTorch files older than
+    version 1.6 are read into memory.
+
+    Args:
+        path: a file, or a folder that holds `model.safetensors` (or its shards and their index), `pytorch_model.bin`,
+            `model.pth` or `model.pt`.
+
     Raises:
         ValueError: where the file is missing, damaged, or holds anything but tensors; its code is never run.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file. Give the path of a checkpoint.")
+    path = weights_file(path)
     try:
+        if path.name.endswith(".index.json"):
+            return _read_shards(path)
         if path.suffix == ".safetensors":
             return load_file(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint of plain tensors: {error}") from error
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except _READ_ERRORS as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of plain tensors: {lines[0]} It is truncated, of another format, "
+            "or holds objects that would have to be run; nothing of it was. Download it again, or save its tensors as "
+            "safetensors where you trust it."
+        ) from error
     for key in ("model", "state_dict"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
     if not isinstance(checkpoint, Mapping) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
         raise ValueError(f"{path} holds no dict of tensors, neither directly nor under 'model' or 'state_dict'.")
     return dict(checkpoint)
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file that holds the weights: the path itself, or the known name in a folder.
+
+    Raises:
+        ValueError: there is none, or its kind is refused.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in (_INDEX, *_FOLDER_FILES) if (path / name).is_file()]
+        if not found:
+            raise ValueError(f"{path} holds no weights: expected one of {', '.join((_INDEX, *_FOLDER_FILES))}.")
+        return found[0]
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file. Give the path of a checkpoint.")
+    if reason := _REFUSED_SUFFIXES.get(path.suffix.lower()):
+        raise ValueError(f"{path} is refused: {reason}. Give weights as .safetensors, or as .pt or .pth of PyTorch.")
+    return path
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if strange := sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors")):
+        raise ValueError(f"its shards {strange} are no safetensors beside it.")
+    weights: dict[str, Tensor] = {}
+    for name in sorted(names):
+        weights |= load_file(index.parent / name)
+    return weights
 
 
 def without_wrapper_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -52,6 +156,16 @@ def load_without_gap(module: nn.Module, weights: Mapping[str, Tensor], source: s
     Raises:
         ValueError: naming every key that is missing, superfluous or of another shape.
     """
+    check_fit(module, weights, source)
+    module.load_state_dict(dict(weights))
+
+
+def check_fit(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that are not exactly those of the module, which may lie on the meta device.
+
+    Raises:
+        ValueError: naming every key that is missing, superfluous or of another shape.
+    """
     own = module.state_dict()
     problems = {
         "missing": sorted(own.keys() - weights.keys()),
@@ -65,4 +179,3 @@ def load_without_gap(module: nn.Module, weights: Mapping[str, Tensor], source: s
     if any(problems.values()):
         found = "; ".join(f"{problem}: {keys}" for problem, keys in problems.items() if keys)
         raise ValueError(f"{source} does not fit the configuration. {found}. Pass that checkpoint's configuration.")
-    module.load_state_dict(dict(weights))

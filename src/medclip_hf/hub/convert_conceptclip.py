@@ -11,7 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medclip_hf.hub.checkpoints import first_match, load_without_gap, read_weights, without_wrapper_prefix
+from medclip_hf.hub.checkpoints import (
+    Conversion,
+    first_match,
+    load_without_gap,
+    read_weights,
+    without_wrapper_prefix,
+)
 from medclip_hf.modeling.conceptclip import ConceptCLIPConfig, ConceptCLIPModel
 
 logger = logging.getLogger(__name__)
@@ -63,8 +69,18 @@ def _count_layers(state_dict: Mapping[str, Tensor], pattern: str) -> int:
 def from_official_state_dict(official: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights of [`ConceptCLIPModel`] from the release's names, and the dropped keys with the reason for each.
 
+    Args and errors: see [`convert_official`].
+    """
+    conversion = convert_official(official)
+    return conversion.weights, conversion.dropped
+
+
+def convert_official(official: Mapping[str, Tensor]) -> Conversion:
+    """Weights of [`ConceptCLIPModel`] from the release's names, with the source of each and what was dropped.
+
     Fused projections of the blocks are split into query, key and value, those of the pooling head joined into one;
     scalars become vectors of one element. Weights of either stage convert; a `module.` of a distributed wrapper goes.
+    The weights are views of those given, joined ones aside.
 
     Args:
         official: the open_clip state dict, as `model.safetensors` on the Hub or "state_dict" of a training file.
@@ -73,24 +89,24 @@ def from_official_state_dict(official: Mapping[str, Tensor]) -> tuple[dict[str, 
         ValueError: naming each key that is unknown, or half of a pair that belongs together.
     """
     rest = without_wrapper_prefix(official)
-    dropped = {key: match[1] for key in rest if (match := first_match(_DROPPED, key))}
-    rest = {key: value for key, value in rest.items() if key not in dropped}
+    conversion = Conversion(dropped={key: match[1] for key in rest if (match := first_match(_DROPPED, key))})
+    rest = {key: value for key, value in rest.items() if key not in conversion.dropped}
     num_layers = _count_layers(rest, r"visual\.trunk\.blocks\.\d+\.norm1\.weight")
     names = _module_names(num_layers)
-    converted = _convert_attention(rest, num_layers)
+    _convert_attention(rest, num_layers, conversion)
     unknown = []
     for key, value in rest.items():
         module, _, leaf = key.rpartition(".")
         if key in _SCALARS:
-            converted[key] = value.reshape(1)
+            conversion.add(key, value.reshape(1), key)
         elif key == _POSITIONS[0]:
-            converted[_POSITIONS[1]] = value.squeeze(0)
+            conversion.add(_POSITIONS[1], value.squeeze(0), key)
         elif key == _PROBE[0]:
-            converted[_PROBE[1]] = value
+            conversion.add(_PROBE[1], value, key)
         elif key.startswith(_TEXT_PREFIX[0]):
-            converted[_TEXT_PREFIX[1] + key.removeprefix(_TEXT_PREFIX[0])] = value
+            conversion.add(_TEXT_PREFIX[1] + key.removeprefix(_TEXT_PREFIX[0]), value, key)
         elif module in names:
-            converted[f"{names[module]}.{leaf}"] = value
+            conversion.add(f"{names[module]}.{leaf}", value, key)
         else:
             unknown.append(key)
     if unknown or not num_layers:
@@ -98,21 +114,20 @@ def from_official_state_dict(official: Mapping[str, Tensor]) -> tuple[dict[str, 
             f"This is no checkpoint of ConceptCLIP: {num_layers} blocks of its image tower, unknown keys "
             f"{sorted(unknown)}. Pass the open_clip state dict."
         )
-    return converted, dropped
+    return conversion
 
 
-def _convert_attention(rest: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
-    """Takes the input projections of all attention layers out of `rest` and gives them back under our names."""
-    converted = {}
+def _convert_attention(rest: dict[str, Tensor], num_layers: int, conversion: Conversion) -> None:
+    """Moves the input projections of all attention layers from `rest` to the conversion."""
     for kind in ("weight", "bias"):
         for layer in range(num_layers):
-            fused = _pop(rest, f"visual.trunk.blocks.{layer}.attn.qkv.{kind}")
-            for name, part in zip("qkv", fused.chunk(3), strict=True):
-                converted[f"vision_model.encoder.layers.{layer}.self_attn.{name}_proj.{kind}"] = part.clone()
+            key = f"visual.trunk.blocks.{layer}.attn.qkv.{kind}"
+            for name, part in zip("qkv", _pop(rest, key).chunk(3), strict=True):
+                conversion.add(f"vision_model.encoder.layers.{layer}.self_attn.{name}_proj.{kind}", part, key)
         if num_layers:
-            query, key_value = (_pop(rest, f"{_OFFICIAL_POOL}.{name}.{kind}") for name in ("q", "kv"))
-            converted[f"{_OUR_POOL}.attention.in_proj_{kind}"] = torch.cat([query, key_value])
-    return converted
+            keys = [f"{_OFFICIAL_POOL}.{name}.{kind}" for name in ("q", "kv")]
+            joined = torch.cat([_pop(rest, key) for key in keys])
+            conversion.add(f"{_OUR_POOL}.attention.in_proj_{kind}", joined, *keys)
 
 
 def _pop(state_dict: dict[str, Tensor], key: str) -> Tensor:

@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, BertModel
 
-from medclip_hf.hub.checkpoints import first_match, load_without_gap, read_weights, without_wrapper_prefix
+from medclip_hf.hub.checkpoints import (
+    Conversion,
+    first_match,
+    load_without_gap,
+    read_weights,
+    without_wrapper_prefix,
+)
 from medclip_hf.modeling.fvlm.configuration_fvlm import FVLMConfig
 from medclip_hf.modeling.fvlm.modeling_fvlm import FVLMModel, FVLMVisionModel
 
@@ -74,8 +80,17 @@ _TEXT_POSITIONS = "text_model.embeddings.position_embeddings.weight"
 def from_official_state_dict(official: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights of `FVLMModel` from the release's names, and the keys that were dropped with the reason for each.
 
+    Args and errors: see `convert_official`.
+    """
+    conversion = convert_official(official)
+    return conversion.weights, conversion.dropped
+
+
+def convert_official(official: Mapping[str, Tensor]) -> Conversion:
+    """Weights of `FVLMModel` from the release's names, with the source of each and what was dropped.
+
     Fused qkv is split into three, the temperature becomes a log scale, and token types become zeros, because the
-    release adds none.
+    release adds none. The weights are views of those given, these two aside.
 
     Args:
         official: `torch.load(path, weights_only=True)["model"]`.
@@ -83,32 +98,33 @@ def from_official_state_dict(official: Mapping[str, Tensor]) -> tuple[dict[str, 
     Raises:
         ValueError: a key is unknown, or one that every model needs is missing.
     """
-    converted: dict[str, Tensor] = {}
-    dropped: dict[str, str] = {}
+    conversion = Conversion()
     unknown: list[str] = []
     for key, value in without_wrapper_prefix(official).items():
         if key == "temp":
-            converted["logit_scale"] = -value.double().log().to(value.dtype).reshape(1)
+            conversion.add("logit_scale", -value.double().log().to(value.dtype).reshape(1), key)
         elif key == "query_tokens":
-            converted |= {f"anatomy_heads.{index}.query": row.clone() for index, row in enumerate(value)}
+            for index, row in enumerate(value):
+                conversion.add(f"anatomy_heads.{index}.query", row, key)
         elif match := _FUSED_QKV.fullmatch(key):
-            names = (f"vision_model.layers.{match[1]}.self_attn.{name}_proj.{match[2]}" for name in "qkv")
-            converted |= {name: part.clone() for name, part in zip(names, value.chunk(3), strict=True)}
+            for name, part in zip("qkv", value.chunk(3), strict=True):
+                conversion.add(f"vision_model.layers.{match[1]}.self_attn.{name}_proj.{match[2]}", part, key)
         elif renamed := first_match(_RENAMED, key):
-            converted[renamed[0].expand(renamed[1])] = value
+            conversion.add(renamed[0].expand(renamed[1]), value, key)
         elif leftover := first_match(_DROPPED, key):
-            dropped[key] = leftover[1]
+            conversion.dropped[key] = leftover[1]
         else:
             unknown.append(key)
-    missing = [key for key in ("logit_scale", "anatomy_heads.0.query", _TEXT_POSITIONS) if key not in converted]
+    weights = conversion.weights
+    missing = [key for key in ("logit_scale", "anatomy_heads.0.query", _TEXT_POSITIONS) if key not in weights]
     if unknown or missing:
         raise ValueError(
             f"This is no checkpoint of fVLM: unknown keys {sorted(unknown)}, missing after renaming {missing}. "
             "Pass the dict under the key 'model' of the official file."
         )
-    hidden_size = converted[_TEXT_POSITIONS].shape[1]
-    converted[_TYPE_EMBEDDINGS] = torch.zeros(2, hidden_size, dtype=converted[_TEXT_POSITIONS].dtype)
-    return converted, dropped
+    positions = weights[_TEXT_POSITIONS]
+    conversion.add(_TYPE_EMBEDDINGS, torch.zeros(2, positions.shape[1], dtype=positions.dtype))
+    return conversion
 
 
 def to_official_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,363 @@
+"""Conversion of files: a folder that loads, an account of every key, a way back, and sentences for what cannot be."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, BertTokenizer, SiglipVisionConfig
+from transformers import SiglipVisionModel as SiglipTower
+
+from medclip_hf import ConceptCLIPConfig, ConceptCLIPModel, FVLMConfig, FVLMModel
+from medclip_hf.hub import convert
+from medclip_hf.hub.checkpoints import read_weights
+from medclip_hf.hub.convert import (
+    CHECK_NAME,
+    REPORT_NAME,
+    convert_checkpoint,
+    convert_towers,
+    export_official,
+)
+from medclip_hf.hub.convert_check import check_folder, compare_checks
+from medclip_hf.hub.convert_conceptclip import to_official_state_dict as conceptclip_to_official
+from medclip_hf.hub.convert_fvlm import to_official_state_dict as fvlm_to_official
+
+NUM_WORDS = 30
+HEADS = {"vision_config": {"num_attention_heads": 2}, "text_config": {"num_attention_heads": 2}}
+FVLM_FIELDS = {
+    "vision_config": {"num_attention_heads": 2, "image_size_dhw": [8, 8, 8]},
+    "text_config": {"num_attention_heads": 2},
+    "anatomies": ["lung", "heart"],
+    "feature_layers": [0],
+    "pooling_num_attention_heads": 2,
+}
+TEXT = {
+    "vocab_size": NUM_WORDS,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "max_position_embeddings": 20,
+}
+
+
+def conceptclip(**fields) -> ConceptCLIPModel:
+    vision = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
+    vision |= {"image_size": 8, "patch_size": 4, "hidden_act": "gelu"}
+    torch.manual_seed(0)
+    return ConceptCLIPModel(ConceptCLIPConfig(text_config=TEXT, vision_config=vision, **fields)).eval()
+
+
+def fvlm() -> FVLMModel:
+    vision = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "patch_size_dhw": (4, 4, 4)}
+    fields = FVLM_FIELDS | {"vision_config": vision | FVLM_FIELDS["vision_config"], "text_config": TEXT}
+    torch.manual_seed(0)
+    return FVLMModel(FVLMConfig(**fields, projection_dim=12)).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return write_tokenizer(folder, NUM_WORDS)
+
+
+def write_tokenizer(folder, num_words):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{index}" for index in range(num_words - 5))]
+    BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(folder)
+    return folder
+
+
+def write_official(path, model, wrapper=""):
+    is_conceptclip = isinstance(model, ConceptCLIPModel)
+    official = (conceptclip_to_official if is_conceptclip else fvlm_to_official)(model.state_dict())
+    official = {wrapper + key: value for key, value in official.items()}
+    if path.suffix == ".safetensors":
+        save_file(official, path)
+    else:
+        torch.save({"epoch": 3, "state_dict" if is_conceptclip else "model": official}, path)
+    return path
+
+
+# There -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "epoch_3.pt"])
+@pytest.mark.parametrize("is_second_stage", [False, True])
+def test_conceptclip_of_either_stage_becomes_a_folder_that_answers_the_same(tmp_path, tokenizer, name, is_second_stage):
+    model = conceptclip(use_patch_concept_alignment=is_second_stage)
+    source = write_official(tmp_path / name, model, wrapper="module." if name.endswith(".pt") else "")
+    report = convert_checkpoint(source, tmp_path / "out", tokenizer=tokenizer, config=HEADS)
+    loaded = AutoModel.from_pretrained(tmp_path / "out")
+    assert loaded.config.use_patch_concept_alignment == is_second_stage
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    inputs = processor(images=torch.zeros(3, 9, 9), text=["w1 w2"])
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits_per_image, model(**inputs).logits_per_image)
+    assert report == json.loads((tmp_path / "out" / REPORT_NAME).read_text())
+    assert report["num_keys"]["came"] == report["num_keys"]["used"]
+
+
+def test_fvlm_becomes_a_folder_that_answers_the_same(tmp_path, tokenizer):
+    model = fvlm()
+    with torch.no_grad():  # the release adds no token types, so none come back
+        model.text_model.embeddings.token_type_embeddings.weight.zero_()
+    source = write_official(tmp_path / "model.pth", model)
+    report = convert_checkpoint(source, tmp_path / "out", tokenizer=tokenizer, config=FVLM_FIELDS)
+    loaded = AutoModel.from_pretrained(tmp_path / "out")
+    for key, value in loaded.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[key], rtol=1e-6, atol=0, msg=key)
+    assert AutoProcessor.from_pretrained(tmp_path / "out").image_processor.anatomies == ["lung", "heart"]
+    assert report["made"] == {
+        "text_model.embeddings.token_type_embeddings.weight": "zeros: the release adds no token types"
+    }
+
+
+def test_the_report_tells_what_became_of_every_key(tmp_path, tokenizer):
+    official = conceptclip_to_official(conceptclip().state_dict())
+    official["text.transformer.embeddings.position_ids"] = torch.arange(20)[None]
+    torch.save({"state_dict": official}, tmp_path / "model.pt")
+    report = convert_checkpoint(tmp_path / "model.pt", tmp_path / "out", tokenizer=tokenizer, config=HEADS)
+    assert report["used"].keys() | report["dropped"].keys() == official.keys()
+    fused = "visual.trunk.blocks.0.attn.qkv.weight"
+    assert report["used"][fused] == [f"vision_model.encoder.layers.0.self_attn.{name}_proj.weight" for name in "qkv"]
+    assert report["dropped"] == {"text.transformer.embeddings.position_ids": "a counter, not a weight"}
+    used = {name for names in report["used"].values() for name in names}
+    assert used == load_file(tmp_path / "out" / "model.safetensors").keys()
+
+
+def test_the_tokenizer_beside_the_checkpoint_is_found(tmp_path):
+    write_official(write_tokenizer(tmp_path / "in", NUM_WORDS) / "model.safetensors", conceptclip())
+    convert_checkpoint(tmp_path / "in", tmp_path / "out", config=HEADS)
+    assert len(AutoProcessor.from_pretrained(tmp_path / "out").tokenizer) == NUM_WORDS
+
+
+def test_weights_of_half_precision_stay_so(tmp_path, tokenizer):
+    source = write_official(tmp_path / "model.safetensors", conceptclip().to(torch.bfloat16))
+    convert_checkpoint(source, tmp_path / "out", tokenizer=tokenizer, config=HEADS)
+    assert AutoModel.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["conceptclip", "fvlm"])
+def test_the_releases_golden_weights_convert_and_come_back(goldens, tmp_path, name):
+    golden = load_file(goldens / f"{name}_model_tiny.safetensors")
+    official = {key[3:]: value.clone() for key, value in golden.items() if key.startswith("sd.")}
+    save_file(official, tmp_path / "official.safetensors")
+    heads = {"vision_config": {"num_attention_heads": 4}, "text_config": {"num_attention_heads": 4}}
+    size = {"image_size": 44} if name == "conceptclip" else {"image_size_dhw": [32, 48, 96]}
+    config = heads | {"vision_config": heads["vision_config"] | size}
+    convert_checkpoint(tmp_path / "official.safetensors", tmp_path / "out", config=config, with_processor=False)
+    if name == "conceptclip":
+        with torch.no_grad():
+            outputs = AutoModel.from_pretrained(tmp_path / "out")(golden["in.input_ids"], golden["in.pixel_values"])
+        torch.testing.assert_close(outputs.image_embeds, golden["out.image_features"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(outputs.text_embeds, golden["out.text_features"], rtol=0, atol=1e-5)
+    export_official(tmp_path / "out", tmp_path / "back.safetensors")
+    back = load_file(tmp_path / "back.safetensors")
+    report = json.loads((tmp_path / "out" / REPORT_NAME).read_text())
+    assert back.keys() == official.keys() - report["dropped"].keys()
+    for key, value in back.items():
+        if key == "temp":
+            torch.testing.assert_close(value, official[key], rtol=1e-6, atol=0)  # through a logarithm
+        else:
+            assert torch.equal(value, official[key]), key
+
+
+# Back ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "key"), [("back.safetensors", None), ("back.pt", "state_dict")])
+def test_a_folder_goes_back_to_the_official_layout(tmp_path, name, key):
+    model = conceptclip()
+    model.save_pretrained(tmp_path / "saved")
+    export_official(tmp_path / "saved", tmp_path / name)
+    expected = conceptclip_to_official(model.state_dict())
+    found = read_weights(tmp_path / name)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    if key:
+        assert torch.load(tmp_path / name, weights_only=True).keys() == {key}
+
+
+def test_what_has_no_way_back_is_refused(tmp_path):
+    BertModel(BertConfig(**TEXT)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="model of type 'bert'"):
+        export_official(tmp_path / "bert", tmp_path / "back.pt")
+    with pytest.raises(ValueError, match=r"ends in \.safetensors"):
+        export_official(tmp_path / "bert", tmp_path / "back.pkl")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        export_official(tmp_path, tmp_path / "back.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["bert"]
+
+
+# Towers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bert(tmp_path):
+    folder = tmp_path / "bert"
+    BertModel(BertConfig(**TEXT)).save_pretrained(folder)
+    return write_tokenizer(folder, NUM_WORDS)
+
+
+def test_conceptclip_starts_from_a_siglip_and_a_bert_with_the_exact_gelu(tmp_path, bert):
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+    tower = SiglipTower(SiglipVisionConfig(**sizes, image_size=8, patch_size=4))
+    tower.save_pretrained(tmp_path / "siglip")
+    report = convert_towers(tmp_path / "out", architecture="conceptclip", vision=tmp_path / "siglip", text=bert)
+    loaded = AutoModel.from_pretrained(tmp_path / "out")
+    assert loaded.config.vision_config.hidden_act == "gelu"
+    weights = loaded.vision_model.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in tower.state_dict().items())
+    assert "text_projection.weight" in report["made"]
+    assert "text_model.embeddings.word_embeddings.weight" in report["used"]["text_model"]
+
+
+def test_the_same_towers_give_the_same_start(tmp_path, bert):
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+    SiglipTower(SiglipVisionConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "siglip")
+    for name in ("one", "two"):
+        convert_towers(tmp_path / name, architecture="conceptclip", vision=tmp_path / "siglip", text=bert)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+# The self-check --------------------------------------------------------------------------------------------------
+
+
+def test_the_self_check_finds_a_changed_weight(tmp_path, tokenizer):
+    source = write_official(tmp_path / "model.safetensors", conceptclip())
+    convert_checkpoint(source, tmp_path / "out", tokenizer=tokenizer, config=HEADS)
+    recorded = json.loads((tmp_path / "out" / CHECK_NAME).read_text())
+    assert recorded["outputs"].keys() >= {"image_embeds", "concept_logits"}
+    assert compare_checks(check_folder(tmp_path / "out"), recorded) == []
+    weights = {key: value.clone() for key, value in load_file(tmp_path / "out" / "model.safetensors").items()}
+    weights["text_projection.weight"] *= -1
+    save_file(weights, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    problems = compare_checks(check_folder(tmp_path / "out"), recorded)
+    assert any("text_embeds" in problem for problem in problems)
+
+
+def test_weights_that_are_not_finite_are_refused_and_leave_nothing(tmp_path, tokenizer):
+    model = conceptclip()
+    with torch.no_grad():
+        model.text_projection.weight[0, 0] = torch.nan
+    source = write_official(tmp_path / "model.safetensors", model)
+    with pytest.raises(ValueError, match="not finite: the weights are damaged"):
+        convert_checkpoint(source, tmp_path / "out", tokenizer=tokenizer, config=HEADS)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+# Bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_a_pickle_is_refused_by_its_name_and_never_opened(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "trapped"),))
+
+    for name in ("weights.pkl", "weights.pt"):
+        (tmp_path / name).write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ValueError, match="a pickle runs code when it is read"):
+        convert_checkpoint(tmp_path / "weights.pkl", tmp_path / "out")
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint of plain tensors"):
+        convert_checkpoint(tmp_path / "weights.pt", tmp_path / "out")
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_a_truncated_file_is_told(tmp_path, name):
+    source = write_official(tmp_path / name, conceptclip())
+    source.write_bytes(source.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match="truncated"):
+        convert_checkpoint(source, tmp_path / "out", config=HEADS)
+
+
+def test_weights_of_another_architecture_are_told(tmp_path):
+    BertModel(BertConfig(**TEXT)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="weights of another architecture"):
+        convert_checkpoint(tmp_path / "bert", tmp_path / "out")
+    conceptclip().save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="this package's names already"):
+        convert_checkpoint(tmp_path / "ours", tmp_path / "out")
+
+
+def test_what_the_shapes_do_not_tell_is_asked_for(tmp_path, tokenizer):
+    source = write_official(tmp_path / "model.safetensors", conceptclip())
+    with pytest.raises(ValueError, match=r'"num_attention_heads"'):
+        convert_checkpoint(source, tmp_path / "out", tokenizer=tokenizer)
+    other = write_official(tmp_path / "model.pth", fvlm())
+    fields = {key: value for key, value in FVLM_FIELDS.items() if key != "anatomies"}
+    with pytest.raises(ValueError, match="2 anatomies; name them"):
+        convert_checkpoint(other, tmp_path / "out", tokenizer=tokenizer, config=fields)
+
+
+def test_weights_of_wrong_shapes_are_named(tmp_path, tokenizer):
+    official = conceptclip_to_official(conceptclip().state_dict())
+    official["visual.trunk.blocks.1.mlp.fc1.weight"] = torch.zeros(20, 11)
+    save_file(official, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.fc1\.weight: \(20, 11\) instead of \(20, 12\)"):
+        convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out", tokenizer=tokenizer, config=HEADS)
+
+
+def test_a_tokenizer_that_is_missing_or_anothers_is_told(tmp_path):
+    source = write_official(tmp_path / "model.safetensors", conceptclip())
+    with pytest.raises(ValueError, match="no tokenizer beside the checkpoint"):
+        convert_checkpoint(source, tmp_path / "out", config=HEADS)
+    other = write_tokenizer(tmp_path / "other", 12)
+    with pytest.raises(ValueError, match="knows 12 pieces, but the text tower has 30"):
+        convert_checkpoint(source, tmp_path / "out", tokenizer=other, config=HEADS)
+
+
+def test_a_folder_that_holds_something_is_not_overwritten(tmp_path, tokenizer):
+    source = write_official(tmp_path / "model.safetensors", conceptclip())
+    with pytest.raises(ValueError, match="is not empty"):
+        convert_checkpoint(source, tmp_path, tokenizer=tokenizer, config=HEADS)
+
+
+def test_what_was_written_is_compared_with_what_was_meant(tmp_path):
+    weights = {"one": torch.arange(6.0), "two": torch.ones(2, dtype=torch.bfloat16)}
+    save_file(weights, tmp_path / "model.safetensors")
+    convert._check_written(tmp_path, weights)
+    with pytest.raises(ValueError, match=r"\['one', 'three'\]"):
+        convert._check_written(tmp_path, {**weights, "one": torch.zeros(6), "three": torch.ones(1)})
+
+
+# The command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_converts_checks_and_goes_back(repository, tmp_path, tokenizer):
+    write_official(tmp_path / "model.safetensors", conceptclip())
+    (tmp_path / "heads.json").write_text(json.dumps(HEADS))
+    script = str(repository / "scripts" / "convert_checkpoint.py")
+    code = "import runpy, sys; main = runpy.run_path(sys.argv[1])['main']; "
+    code += "sys.exit(max(main(command.split()) for command in sys.argv[2:]))"
+    commands = [
+        f"official --checkpoint {tmp_path}/model.safetensors --tokenizer {tokenizer} --config {tmp_path}/heads.json "
+        f"--output {tmp_path}/out",
+        f"check --model {tmp_path}/out",
+        f"back --model {tmp_path}/out --output {tmp_path}/back.safetensors",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    child = subprocess.run(
+        [sys.executable, "-c", code, script, *commands], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert child.returncode == 0, child.stderr
+    assert "answers as recorded" in child.stdout
+    before, after = (load_file(tmp_path / name) for name in ("model.safetensors", "back.safetensors"))
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_a_mistake_ends_the_command_with_one_sentence(repository, tmp_path):
+    script = repository / "scripts" / "convert_checkpoint.py"
+    command = ["official", "--checkpoint", str(tmp_path / "absent.pt"), "--output", str(tmp_path / "out")]
+    child = subprocess.run([sys.executable, script, *command], capture_output=True, text=True, timeout=300)
+    assert child.returncode == 2
+    assert child.stderr.startswith("error: ")
+    assert "Traceback" not in child.stderr
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
