@@ -1,0 +1,147 @@
+"""What pipelines read from disk: pictures of any kind, CT scans with their masks, the shipped vocabulary."""
+
+import struct
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from medclip_hf.data.ct.anatomy import LabelVersion
+from medclip_hf.data.ct.geometry import GeometryContract
+from medclip_hf.data.ct.reading import Rescale, load_ct, read_volume
+from medclip_hf.data.ct.segmenters import Segmenter, segment
+
+_DICOM_PREAMBLE = 128  # bytes before the mark
+
+
+def read_picture(image: Any) -> Any:
+    """A DICOM file as a PIL image; whatever else came as it is, for `to_rgb`.
+
+    Raises:
+        ValueError: a DICOM file that is no single picture, or cannot be decoded.
+    """
+    if isinstance(image, str | Path) and Path(image).is_file():
+        with Path(image).open("rb") as file:
+            if file.read(_DICOM_PREAMBLE + 4)[_DICOM_PREAMBLE:] == b"DICM":
+                return _read_dicom_picture(Path(image))
+    return image
+
+
+def _read_dicom_picture(path: Path) -> Image.Image:
+    """The picture as a viewer shows it: rescaled, windowed as the file says, white on black; no other element is used.
+
+    Without a window the values from the least to the greatest are spread over the greys.
+    """
+    try:
+        from pydicom import dcmread
+        from pydicom.pixels import apply_modality_lut, apply_voi_lut
+    except ImportError as error:
+        raise ValueError(f"{path} is a DICOM file: reading it needs pip install 'medclip-hf[ct]'.") from error
+    try:
+        dataset = dcmread(path)
+        if int(dataset.get("NumberOfFrames") or 1) > 1:
+            raise ValueError(f"it has {dataset.NumberOfFrames} frames; give one of them as an array")
+        values = dataset.pixel_array
+        if int(dataset.get("SamplesPerPixel") or 1) == 3:
+            return Image.fromarray(values.astype(np.uint8), "RGB")
+        values = apply_voi_lut(apply_modality_lut(values, dataset), dataset).astype(np.float64)
+    except (
+        AttributeError,
+        EOFError,
+        KeyError,
+        NotImplementedError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        struct.error,
+    ) as error:
+        raise ValueError(
+            f"{path} cannot be shown as a picture: {error}. It may be truncated, hold no image, or need a decoder "
+            "(python-gdcm)."
+        ) from error
+    low, high = values.min(), values.max()
+    greys = (values - low) / max(high - low, 1e-9) * 255
+    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":  # 0 is white
+        greys = 255 - greys
+    return Image.fromarray(np.rint(greys).astype(np.uint8))
+
+
+@lru_cache(maxsize=1)
+def shipped_vocabulary() -> tuple[tuple[str, str], ...]:
+    """(name, CUI) of the medical concepts that come with the package."""
+    from medclip_hf.data.concepts.index import read_vocabulary
+
+    resource = files("medclip_hf.data.concepts").joinpath("vocabulary", "shipped.jsonl")
+    return tuple((concept.name, concept.concept_id) for concept in read_vocabulary(Path(str(resource))))
+
+
+@dataclass(frozen=True)
+class ScanFile:
+    """A scan on disk as `load_ct` gives it, and what the user should know about its origin.
+
+    Args:
+        values: (D, H, W) int16, Hounsfield units.
+        mask: (D, H, W) uint8, i + 1 = anatomy i; None where there is none.
+        affine: (4, 4), from the index (x, y, z) to RAS+ millimetres.
+        stored_spacing_mm_dhw: of the file, before resampling.
+        segmenter: what made the mask; empty for a mask that was given.
+    """
+
+    values: NDArray[np.int16]
+    mask: NDArray[np.uint8] | None
+    affine: NDArray[np.float64]
+    stored_spacing_mm_dhw: tuple[float, float, float]
+    segmenter: str = ""
+
+
+def read_scan_file(
+    path: Path,
+    mask: Path | None,
+    contract: GeometryContract,
+    anatomies: Sequence[str],
+    *,
+    label_version: LabelVersion = "v2",
+    segmenter: str | None = None,
+    series_uid: str | None = None,
+    rescale: tuple[float, float] | None = None,
+) -> ScanFile:
+    """A CT from a NIfTI file, DICOM folder or Rad-ChestCT file, on the grid of the contract, with its mask.
+
+    Args:
+        path: of the scan.
+        mask: label volume of TotalSegmentator on the scan's grid.
+        contract: geometry to bring the scan to.
+        anatomies: of the model.
+        label_version: of TotalSegmentator that wrote the mask.
+        segmenter: "totalsegmentator" or "bundle:<folder>", run where `mask` is None.
+        series_uid: which DICOM series, where a folder holds several.
+        rescale: (slope, intercept), only where a NIfTI file holds raw values.
+
+    Raises:
+        ValueError: the scan cannot be used (`UnusableScan`), or the segmenter is not there.
+    """
+    options: dict[str, Any] = {"series_uid": series_uid, "rescale": Rescale(*rescale) if rescale else None}
+    stored = read_volume(path, orientation=contract.orientation, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        if mask is None and segmenter is not None:
+            chosen = Segmenter.from_text(segmenter)
+            mask, label_version = segment(stored, chosen, Path(folder) / "labels.nii.gz"), chosen.label_version
+            made_by = chosen.name
+        else:
+            made_by = ""
+        scan = load_ct(path, contract, labels_path=mask, label_version=label_version, anatomies=anatomies, **options)
+    return ScanFile(
+        scan.image.values,
+        None if scan.anatomy_mask is None else scan.anatomy_mask.values,
+        scan.image.affine,
+        stored.spacing_mm_dhw,
+        made_by,
+    )

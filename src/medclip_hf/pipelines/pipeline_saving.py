@@ -1,0 +1,83 @@
+"""How our pipelines are saved: with model, processor and their own code, so that they work without the package.
+
+This file travels to the Hub with every pipeline.
+"""
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+# Task -> (file, class) for each model. Written to config.json as `custom_pipelines`, where transformers looks.
+PIPELINES_OF_MODEL = {
+    "conceptclip": {
+        "medical-concept-annotation": ("pipeline_concept_annotation", "ConceptAnnotationPipeline"),
+    },
+    "fvlm": {
+        "ct-zero-shot-classification": ("pipeline_ct", "CTZeroShotClassificationPipeline"),
+        "ct-feature-extraction": ("pipeline_ct", "CTFeatureExtractionPipeline"),
+    },
+}
+_SIBLING = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
+# In the package, what scores is not beside the pipelines; in a saved folder all files lie side by side.
+_NEIGHBOUR_ROOMS = ("", "../evaluation")
+
+
+def name_pipelines(config: Any) -> None:
+    """Enter the model's pipelines into its configuration, as names.
+
+    Also undoes what transformers leaves there after loading one (classes, which no JSON takes).
+    """
+    tasks = PIPELINES_OF_MODEL.get(config.model_type, {})
+    config.custom_pipelines = {
+        task: {"impl": f"{file}.{name}", "pt": ["AutoModel"], "type": "multimodal"}
+        for task, (file, name) in tasks.items()
+    }
+
+
+def copy_code(model_type: str, folder: str | os.PathLike[str], source: Path | None = None) -> list[str]:
+    """Copies the files of a model's pipelines, and all they reach by `from .sibling import name`, into a folder.
+
+    Args:
+        model_type: of the model.
+        folder: that exists.
+        source: where this file and those of the pipelines lie; None: beside this one.
+
+    Raises:
+        FileNotFoundError: a file is missing; the pipelines came from an incomplete folder.
+    """
+    source = source or Path(sys.modules[__name__].__file__ or "").parent
+    waiting = sorted({file for file, _ in PIPELINES_OF_MODEL.get(model_type, {}).values()})
+    copied: list[str] = []
+    while waiting:
+        name = waiting.pop()
+        candidates = [source / room / f"{name}.py" for room in _NEIGHBOUR_ROOMS]
+        path = next((path for path in candidates if path.is_file()), candidates[0])
+        target = Path(folder) / path.name
+        if not (target.exists() and target.samefile(path)):
+            shutil.copyfile(path, target)
+        copied.append(name)
+        siblings = set(_SIBLING.findall(path.read_text(encoding="utf-8")))
+        waiting += sorted(siblings - set(copied) - set(waiting))
+    return [f"{name}.py" for name in copied]
+
+
+def save_pipeline(pipe: Any, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+    """Saves model, processor and code of a pipeline.
+
+    Args:
+        pipe: with `model` and `processor`.
+        folder: made if it is not there.
+        **kwargs: what `save_pretrained` of model and processor take.
+
+    Raises:
+        ValueError: a file is in the way.
+    """
+    if Path(folder).is_file():
+        raise ValueError(f"{folder} is a file. Name a folder to save the pipeline to.")
+    name_pipelines(pipe.model.config)
+    pipe.model.save_pretrained(folder, **kwargs)
+    pipe.processor.save_pretrained(folder, **kwargs)
+    copy_code(pipe.model.config.model_type, folder)
