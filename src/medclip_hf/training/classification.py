@@ -252,6 +252,9 @@ class LabelledScanCollator(ScanCollator):
 class ClassificationObjective:
     """Cross entropy of the labels over the global batch, rare labels weighted up.
 
+    Weights alone would make rare labels look likely: with weight w the best logit is log(w p / (1 - p)). The loss
+    therefore sees logits + log w, so that the model's own logits come to stand for p, whatever the weights.
+
     Args:
         problem_type: "single_label_classification", or "multi_label_classification" with missing logits (NaN) left out.
         class_weights (K,): see `class_weights`; None: all 1.
@@ -281,8 +284,10 @@ class ClassificationObjective:
 
     def compare(self, embeddings: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """`loss` to call backward on, and the global mean for the log."""
-        logits, labels = embeddings["logits"], batch["labels"]
+        logits, labels = embeddings["logits"].float(), batch["labels"]
         weights = None if self.class_weights is None else self.class_weights.to(logits.device)
+        if weights is not None:
+            logits = logits + weights.log()
         if self.problem_type == SINGLE_LABEL:
             mean = classification_loss(logits, labels, SINGLE_LABEL, weights)
             shares = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights[labels.clamp(min=0)]
