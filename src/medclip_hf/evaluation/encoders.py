@@ -62,6 +62,7 @@ class Encoder:
         logit_bias: 0 where the model has none.
         concept_logit_scale: of patches against concepts, exponentiated; None without patch heads.
         concept_logit_bias: of the same.
+        num_patches: of an image; 0 without patch heads.
         preprocess: (3, H, W) pixels of a picture (PIL image, path or encoded bytes), on the CPU; for loader workers.
         forward_pixels: embeddings of (N, 3, H, W).
         forward_texts: (K, D) of a batch of texts, L2-normalised.
@@ -76,6 +77,7 @@ class Encoder:
     logit_bias: float
     concept_logit_scale: float | None
     concept_logit_bias: float
+    num_patches: int
     preprocess: Callable[[Any], Tensor]
     forward_pixels: Callable[[Tensor], ImageEmbeddings]
     forward_texts: Callable[[list[str]], Tensor]
@@ -224,6 +226,7 @@ def _conceptclip_encoder(
     model: ConceptCLIPModel, processor: Any, name: str, device: torch.device, dtype: torch.dtype
 ) -> Encoder:
     has_patches = bool(model.config.use_patch_concept_alignment)
+    vision = model.config.vision_config
 
     def forward_pixels(pixel_values: Tensor) -> ImageEmbeddings:
         outputs = model(pixel_values=pixel_values, return_logits=False)
@@ -244,6 +247,7 @@ def _conceptclip_encoder(
         logit_bias=float(model.logit_bias.detach()),
         concept_logit_scale=float(model.concept_logit_scale.detach().double().exp()) if has_patches else None,
         concept_logit_bias=float(model.concept_logit_bias.detach()) if has_patches else 0.0,
+        num_patches=(vision.image_size // vision.patch_size) ** 2 if has_patches else 0,
         preprocess=lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0],
         forward_pixels=forward_pixels,
         forward_texts=forward_texts,
@@ -275,6 +279,7 @@ def _transformers_encoder(model: Any, processor: Any, name: str, device: torch.d
         logit_bias=_scalar(getattr(model, "logit_bias", None)),
         concept_logit_scale=None,
         concept_logit_bias=0.0,
+        num_patches=0,
         preprocess=preprocess,
         forward_pixels=forward_pixels,
         forward_texts=forward_texts,
@@ -350,6 +355,7 @@ def make_open_clip_encoder(
         logit_bias=_scalar(getattr(model, "logit_bias", None)),
         concept_logit_scale=None,
         concept_logit_bias=0.0,
+        num_patches=0,
         preprocess=lambda image: preprocess(to_rgb(image)),
         forward_pixels=forward_pixels,
         forward_texts=lambda texts: _normalized(model.encode_text(tokenizer(texts).to(place))),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 Activation = Literal["softmax", "sigmoid"]
 PUBLISHED_TOP_PATCHES = 128  # of 729 (27 × 27), as the release's zero-shot script sets it
+_PUBLISHED_NUM_PATCHES = 729
 PUBLISHED_LOCAL_WEIGHT = 0.5
 DEFAULT_TEMPLATES = ("{}", "a medical image presents {}", "this image shows {}.")
 _SLOT = "{}"
@@ -112,14 +113,66 @@ def zero_shot_scores(
             f"image_embeds (N, D) and text_embeds (K, D) must share D, got {tuple(image_embeds.shape)} and "
             f"{tuple(text_embeds.shape)}"
         )
-    whole = _activate(_number(logit_scale) * _cosine(image_embeds, text_embeds) + _number(logit_bias), activation)
     local_parts = (patch_embeds, concept_embeds, concept_logit_scale)
-    if patch_embeds is None or concept_embeds is None or concept_logit_scale is None:
-        if any(part is not None for part in local_parts):
-            raise ValueError("patch_embeds, concept_embeds and concept_logit_scale belong together: give all or none")
+    if any(part is None for part in local_parts) and any(part is not None for part in local_parts):
+        raise ValueError("patch_embeds, concept_embeds and concept_logit_scale belong together: give all or none")
+    best = None
+    if patch_embeds is not None and concept_embeds is not None:
+        best = best_patch_mean(patch_embeds, concept_embeds, top_patches)
+    return scores_from_cosines(
+        _cosine(image_embeds, text_embeds),
+        logit_scale,
+        best,
+        concept_logit_scale,
+        logit_bias=logit_bias,
+        concept_logit_bias=concept_logit_bias,
+        activation=activation,
+        local_weight=local_weight,
+    )
+
+
+def scores_from_cosines(
+    cosines: Tensor,
+    logit_scale: Tensor | float,
+    best_patch_means: Tensor | None = None,
+    concept_logit_scale: Tensor | float | None = None,
+    *,
+    logit_bias: Tensor | float = 0.0,
+    concept_logit_bias: Tensor | float = 0.0,
+    activation: Activation = "softmax",
+    local_weight: float = PUBLISHED_LOCAL_WEIGHT,
+) -> ZeroShotScores:
+    """The scores of `zero_shot_scores` from what a cache holds.
+
+    Args:
+        cosines: (N, K) of images with classes.
+        logit_scale: see `zero_shot_scores`.
+        best_patch_means: (N, K), from `best_patch_mean`; None: global alone.
+        concept_logit_scale: given with `best_patch_means`.
+        logit_bias: see `zero_shot_scores`.
+        concept_logit_bias: of patches.
+        activation: "softmax" or "sigmoid".
+        local_weight: in [0, 1].
+
+    Raises:
+        ValueError: shapes that differ, a cosine that is not finite, unknown activation, `local_weight` outside [0, 1].
+    """
+    if activation not in ("softmax", "sigmoid") or not 0.0 <= local_weight <= 1.0:
+        raise ValueError(
+            f"activation must be 'softmax' or 'sigmoid' and local_weight in [0, 1], got {activation!r}, {local_weight}"
+        )
+    if not torch.isfinite(cosines).all() or (
+        best_patch_means is not None and not torch.isfinite(best_patch_means).all()
+    ):
+        raise ValueError("similarities hold values that are not finite: the embeddings are damaged")
+    whole = _activate(_number(logit_scale) * cosines.double() + _number(logit_bias), activation)
+    if best_patch_means is None or concept_logit_scale is None:
         return ZeroShotScores(whole, None, whole)
-    best = best_patch_mean(patch_embeds, concept_embeds, top_patches)
-    local = _activate(_number(concept_logit_scale) * best + _number(concept_logit_bias), activation)
+    if best_patch_means.shape != cosines.shape:
+        raise ValueError(f"expected (N, K) alike, got {tuple(cosines.shape)} and {tuple(best_patch_means.shape)}")
+    local = _activate(
+        _number(concept_logit_scale) * best_patch_means.double() + _number(concept_logit_bias), activation
+    )
     return ZeroShotScores(whole, local, local_weight * local + (1.0 - local_weight) * whole)
 
 
@@ -138,6 +191,11 @@ def best_patch_mean(patch_embeds: Tensor, concept_embeds: Tensor, top_patches: i
         )
     similarity = patch_embeds.float() @ concept_embeds.float().T  # (N, P, K)
     return similarity.topk(min(top_patches, similarity.shape[1]), dim=1).values.double().mean(dim=1)
+
+
+def published_share_of_patches(num_patches: int) -> int:
+    """As large a share of a model's patches as the published 128 are of 729; at least 1."""
+    return max(1, round(PUBLISHED_TOP_PATCHES * num_patches / _PUBLISHED_NUM_PATCHES))
 
 
 def average_templates(embeds: Tensor, template_weights: Sequence[float] | None = None) -> Tensor:

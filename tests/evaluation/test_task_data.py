@@ -1,0 +1,335 @@
+"""Data sets in the documented layouts, and what becomes of rows and splits that are wrong."""
+
+import csv
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medclip_hf.evaluation.task_data import read_task_data
+from medclip_hf.evaluation.tasks import Task, read_task, task
+
+
+def paint(path, colour):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4), colour).save(path)
+    return path
+
+
+def write_csv(path, header, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def classification(**changes):
+    values = {"name": "demo", "title": "demo", "task_type": "zero_shot_classification", "split": "test"}
+    return Task(**(values | changes))
+
+
+def retrieval(**changes):
+    return classification(task_type="retrieval", layout="caption_lines", **changes)
+
+
+def test_a_folder_of_classes_is_read_with_or_without_splits(tmp_path):
+    for split in ("train", "test"):
+        for number, name in enumerate(("cyst", "mass")):
+            paint(tmp_path / "split" / split / name / "a.png", (number, len(split), 0))
+            paint(tmp_path / "plain" / name / "a.png", (number, 0, 0))
+    with_splits = read_task_data(classification(), tmp_path / "split")
+    assert with_splits.class_names == ("cyst", "mass")
+    assert with_splits.labels.tolist() == [0, 1]
+    assert [item.item_id for item in with_splits.items] == ["test/cyst/a.png", "test/mass/a.png"]
+    plain = read_task_data(classification(split="all"), tmp_path / "plain")
+    assert plain.labels.tolist() == [0, 1]
+    assert plain.patients is None
+
+
+def test_a_table_names_images_labels_splits_and_patients(tmp_path):
+    for name in ("1", "2", "3"):
+        paint(tmp_path / "images" / f"{name}.png", (int(name), 0, 0))
+    write_csv(
+        tmp_path / "labels.csv",
+        ["Path", "Label", "Split", "Patient_ID"],
+        [["1.png", "mass", "test", "p1"], ["2.png", "cyst", "Testing", "p1"], ["3.png", "cyst", "train", "p2"]],
+    )
+    data = read_task_data(classification(class_names=("cyst", "mass")), tmp_path)
+    assert data.labels.tolist() == [1, 0]
+    assert data.patients.tolist() == ["p1", "p1"]
+
+
+def test_labels_may_be_places_in_the_class_list(tmp_path):
+    for name in "ab":
+        paint(tmp_path / f"{name}.png", (ord(name), 0, 0))
+    write_csv(tmp_path / "test.csv", ["image", "label"], [["a.png", "1"], ["b.png", "0"]])
+    assert read_task_data(classification(class_names=("cyst", "mass")), tmp_path).labels.tolist() == [1, 0]
+
+
+def test_a_table_may_have_a_column_for_each_class_and_cells_that_are_unknown(tmp_path):
+    for name in "abc":
+        paint(tmp_path / f"{name}.png", (ord(name), 0, 0))
+    rows = [["a.png", "1.0", "-1.0"], ["b.png", "", "0"], ["c.png", "", ""]]
+    write_csv(tmp_path / "test.csv", ["path", "edema", "mass"], rows)
+    multi = classification(is_multi_label=True)
+    data = read_task_data(multi, tmp_path)
+    assert data.class_names == ("edema", "mass")
+    assert data.labels.tolist() == [[True, False], [False, False]]
+    assert data.known.tolist() == [[True, False], [False, True]]
+    assert data.counts == {"in use": 2, "no label": 1}
+    assert read_task_data(multi, tmp_path, uncertain="positive").labels.tolist()[0] == [True, True]
+
+
+def test_several_labels_may_stand_in_one_cell(tmp_path):
+    for name in "abc":
+        paint(tmp_path / f"{name}.png", (ord(name), 0, 0))
+    rows = [["a.png", "edema|mass"], ["b.png", "No Finding"], ["c.png", "fracture"]]
+    write_csv(tmp_path / "test.csv", ["path", "label"], rows)
+    data = read_task_data(classification(is_multi_label=True, class_names=("edema", "mass")), tmp_path)
+    assert data.labels.tolist() == [[True, True], [False, False]]
+    assert data.counts["label outside the class list"] == 1
+
+
+def test_lines_of_one_image_are_one_image_with_several_captions(tmp_path):
+    for name in "ab":
+        paint(tmp_path / "images" / f"{name}.png", (ord(name), 0, 0))
+    lines = [
+        {"image": "a.png", "caption": "first", "split": "test"},
+        {"image": "a.png", "captions": ["second", "first"], "split": "test"},
+        {"image": "b.png", "text": "third", "split": "val"},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert read_task_data(retrieval(), tmp_path).captions == (("first", "second"),)
+    assert read_task_data(retrieval(split="all"), tmp_path).captions == (("first", "second"), ("third",))
+
+
+def make_dataset(folder):
+    import datasets
+
+    pictures = [str(paint(folder / f"{k}.png", (k, 0, 0))) for k in range(3)]
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=["cyst", "mass"]),
+            "patient_id": datasets.Value("string"),
+        }
+    )
+    columns = {"image": pictures, "label": [1, 0, 1], "patient_id": ["x", "y", "y"]}
+    table = datasets.Dataset.from_dict(columns, features=features)
+    datasets.DatasetDict({"validation": table}).save_to_disk(folder / "saved")
+
+
+def test_a_data_set_of_hugging_face_is_read_by_its_features(tmp_path):
+    make_dataset(tmp_path)
+    data = read_task_data(classification(split="val"), f"datasets:{tmp_path / 'saved'}")
+    assert data.class_names == ("cyst", "mass")
+    assert data.labels.tolist() == [1, 0, 1]
+    assert data.patients.tolist() == ["x", "y", "y"]
+    assert data.items[0].read()[1:4] == b"PNG"
+    again = read_task_data(classification(split="validation"), f"datasets:{tmp_path / 'saved'}")
+    assert again.identity == data.identity
+    with pytest.raises(ValueError, match=r"has the splits \['validation'\]"):
+        read_task_data(classification(split="test"), f"datasets:{tmp_path / 'saved'}")
+
+
+# Wrong rows are named and counted.
+
+
+def test_rows_that_cannot_be_used_are_named_and_counted(tmp_path):
+    for name in "ab":
+        paint(tmp_path / f"{name}.png", (ord(name), 0, 0))
+    rows = [
+        ["a.png", "cyst"],
+        ["b.png", "mass"],
+        ["a.png", "mass"],
+        ["absent.png", "cyst"],
+        ["../outside.png", "cyst"],
+        ["b.png", "unknown"],
+        ["", "cyst"],
+        ["a.png"],
+        ["c.png", ""],
+    ]
+    write_csv(tmp_path / "test.csv", ["path", "label"], rows)
+    data = read_task_data(classification(class_names=("cyst", "mass")), tmp_path)
+    assert data.counts == {
+        "in use": 2,
+        "another number of cells than the header": 1,
+        "duplicate id": 2,
+        "image listed but absent": 2,
+        "image path outside its folder": 1,
+        "names no image": 1,
+    }
+    assert any(entry.where == "test.csv line 5" for entry in data.set_aside)
+
+
+def test_lines_that_are_no_rows_are_named_and_counted(tmp_path):
+    paint(tmp_path / "a.png", (1, 0, 0))
+    lines = ['{"image": "a.png", "caption": "text"}', "{broken", "[1]", '{"image": "a.png"}', '{"caption": "no image"}']
+    (tmp_path / "test.jsonl").write_text("\n".join([*lines, '{"image": "a.png", "caption": " "}']))
+    assert read_task_data(retrieval(), tmp_path).counts == {
+        "in use": 1,
+        "has no caption": 1,
+        "names no image": 1,
+        "no caption": 1,
+        "not JSON": 1,
+        "not a JSON object": 1,
+    }
+
+
+def test_an_empty_class_is_named(tmp_path):
+    for name in "ab":
+        paint(tmp_path / f"{name}.png", (ord(name), 0, 0))
+    write_csv(tmp_path / "test.csv", ["path", "label"], [["a.png", "cyst"], ["b.png", "mass"]])
+    data = read_task_data(classification(class_names=("cyst", "edema", "mass")), tmp_path)
+    assert data.empty_classes == ("edema",)
+    assert data.warnings == ("classes without an image: edema",)
+
+
+# What would make the figures wrong is refused.
+
+
+def test_a_split_that_is_missing_is_refused_with_those_there_are(tmp_path):
+    paint(tmp_path / "a.png", (1, 0, 0))
+    write_csv(tmp_path / "t.csv", ["path", "label", "split"], [["a.png", "cyst", "train"]])
+    with pytest.raises(ValueError, match=r"no row of the split 'test'.*splits there are train"):
+        read_task_data(classification(), tmp_path)
+
+
+def test_an_image_in_two_splits_is_refused_by_name_and_by_content(tmp_path):
+    for name in "ab":
+        paint(tmp_path / f"{name}.png", (ord(name), 0, 0))
+    rows = [["a.png", "cyst", "test"], ["b.png", "mass", "test"], ["a.png", "cyst", "train"]]
+    write_csv(tmp_path / "t.csv", ["path", "label", "split"], rows)
+    with pytest.raises(ValueError, match=r"1 images of the split 'test' are in another split.*a\.png"):
+        read_task_data(classification(), tmp_path)
+    paint(tmp_path / "copy.png", (ord("a"), 0, 0))
+    write_csv(tmp_path / "t.csv", ["path", "label", "split"], [*rows[:2], ["copy.png", "cyst", "train"]])
+    with pytest.raises(ValueError, match="in another split"):
+        read_task_data(classification(), tmp_path)
+
+
+def write_nothing(folder):
+    pass
+
+
+def write_absent_images(folder):
+    write_csv(folder / "test.csv", ["path", "label"], [["a.png", "cyst"], ["b.png", "mass"]])
+
+
+def write_without_label_column(folder):
+    write_csv(folder / "test.csv", ["path", "note"], [["a.png", "cyst"]])
+
+
+def write_without_image_column(folder):
+    write_csv(folder / "test.csv", ["name", "label"], [["a.png", "cyst"]])
+
+
+def write_one_class(folder):
+    paint(folder / "cyst" / "a.png", (1, 0, 0))
+
+
+def write_two_tables(folder):
+    write_csv(folder / "one.csv", ["path", "label"], [["a.png", "cyst"]])
+    write_csv(folder / "two.csv", ["path", "label"], [["a.png", "cyst"]])
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (write_nothing, "cannot tell the layout"),
+        (write_absent_images, "none of 2 rows can be used"),
+        (write_without_label_column, "no column for labels"),
+        (write_without_image_column, "no column for images"),
+        (write_one_class, "at least two classes"),
+        (write_two_tables, "holds 2 files"),
+    ],
+)
+def test_data_that_cannot_be_read_are_refused(tmp_path, write: Callable, message):
+    write(tmp_path)
+    split = "all" if write is write_one_class else "test"
+    with pytest.raises(ValueError, match=message):
+        read_task_data(classification(split=split), tmp_path)
+
+
+def test_a_folder_that_is_missing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no folder"):
+        read_task_data(classification(), tmp_path / "absent")
+
+
+def test_columns_of_other_names_are_mapped(tmp_path):
+    paint(tmp_path / "a.png", (1, 0, 0))
+    write_csv(tmp_path / "test.csv", ["fichier", "dx"], [["a.png", "cyst"]])
+    names = classification(class_names=("cyst", "mass"))
+    assert read_task_data(names, tmp_path, columns={"image": "fichier", "label": "dx"}).labels.tolist() == [0]
+    with pytest.raises(ValueError, match="not \\['nowhere'\\]"):
+        read_task_data(names, tmp_path, columns={"image": "nowhere"})
+
+
+def test_the_identity_follows_the_files_and_the_labels(tmp_path):
+    for name in "ab":
+        paint(tmp_path / f"{name}.png", (ord(name), 0, 0))
+    write_csv(tmp_path / "test.csv", ["path", "label"], [["a.png", "cyst"], ["b.png", "mass"]])
+    names = classification(class_names=("cyst", "mass"))
+    first = read_task_data(names, tmp_path)
+    write_csv(tmp_path / "test.csv", ["path", "label"], [["a.png", "mass"], ["b.png", "mass"]])
+    relabelled = read_task_data(names, tmp_path)
+    assert relabelled.identity == first.identity
+    assert relabelled.label_identity != first.label_identity
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "a.png")
+    assert read_task_data(names, tmp_path).identity != first.identity
+
+
+# Task files.
+
+
+def test_a_task_file_describes_another_data_set(tmp_path):
+    path = tmp_path / "knees" / "task.json"
+    path.parent.mkdir()
+    values = {
+        "task_type": "zero_shot_classification",
+        "class_names": ["normal", "torn"],
+        "templates": ["MRI of a {} knee"],
+    }
+    path.write_text(json.dumps(values))
+    found = read_task(path)
+    assert (found.name, found.class_names) == ("knees", ("normal", "torn"))
+    assert found.prompts() == (("normal", "torn"), ("MRI of a {} knee",))
+    path.write_text(json.dumps(found.as_dict()))
+    assert read_task(path) == found
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1], "JSON object"),
+        ({"task_type": "retrieval", "colour": 1}, "unknown fields"),
+        ({"task_type": "guessing"}, "task_type is one of"),
+        ({"task_type": "retrieval", "layout": "heap"}, "layout"),
+        ({"task_type": "retrieval", "class_names": "one string"}, "list of strings"),
+        ({"task_type": "zero_shot_classification", "class_names": ["a", "a"]}, "class names must be different"),
+        (
+            {"task_type": "zero_shot_classification", "class_names": ["a", "b"], "templates": ["no slot"]},
+            "exactly once",
+        ),
+        ({"task_type": "zero_shot_classification", "class_names": ["a", "b"], "prompt_names": ["a"]}, "prompt_names"),
+        ({"task_type": "retrieval", "name": "../up"}, "must be of letters"),
+        ({"task_type": "retrieval", "published": [{"figure": 1}]}, "published figure"),
+    ],
+)
+def test_a_task_file_that_is_wrong_is_refused(tmp_path, values, message):
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message):
+        read_task(path)
+
+
+def test_the_table_s_rows_have_prompts_where_their_classes_are_published():
+    assert task("siim_acr").prompts() == (("No Finding", "Pneumothorax"), ("a chest radiology presents {}",))
+    assert len(task("ct_rate").class_names) == 16
+    assert len(task("rad_chestct").class_names) == 15
+    with pytest.raises(ValueError, match="not published"):
+        task("derm7pt").prompts()
+    with pytest.raises(ValueError, match="there is no task"):
+        task("absent")
