@@ -106,6 +106,7 @@ def test_the_folder_holds_the_code_and_names_its_classes(saved):
         "configuration_conceptclip.py",
         "loss_conceptclip.py",
         "modeling_conceptclip.py",
+        "patch_search_triton.py",
         "processing_conceptclip.py",
     }
     assert json.loads((folder / "config.json").read_text())["auto_map"] == {

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .patch_search_triton import can_search, search_best_patches
+
 # On a CPU a chunk of similarities should stay in cache, yet be so large that threads seldom wait for each other between
 # chunks; on an accelerator it should be worth its kernel launches.
 CPU_CHUNK_BYTES = 4 * 2**20
@@ -249,22 +251,9 @@ class _BestPatchSimilarity(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, patches: Tensor, concepts: Tensor) -> tuple[Tensor, Tensor]:
-        num_images, num_patches, _ = patches.shape
         product_dtype = _product_dtype(patches)
-        values = patches.new_empty((num_images, len(concepts)), dtype=_loss_dtype(patches))
-        indices = patches.new_empty((num_images, len(concepts)), dtype=torch.int64)
-        columns = max(min(_chunk_entries(patches) // num_patches, len(concepts)), 1)
-        rows = max(_chunk_entries(patches) // (num_patches * columns), 1)
-        for first in range(0, len(concepts), columns):
-            some_concepts = concepts[first : first + columns]
-            transposed = some_concepts.to(product_dtype).T
-            for start in range(0, num_images, rows):
-                some_patches = patches[start : start + rows]
-                best = (some_patches.to(product_dtype) @ transposed).max(dim=1)
-                where = (slice(start, start + rows), slice(first, first + columns))
-                indices[where] = best.indices
-                is_exact = product_dtype == values.dtype
-                values[where] = best.values if is_exact else _similarity_at(some_patches, some_concepts, best.indices)
+        search = search_best_patches if can_search(patches) else _search_by_chunks
+        values, indices = search(patches, concepts, product_dtype)
         ctx.save_for_backward(patches, concepts, indices)
         ctx.mark_non_differentiable(indices)
         return values, indices
@@ -283,6 +272,26 @@ class _BestPatchSimilarity(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_concepts = _weighted_row_sums(patches.flatten(0, 1), best_rows.T, grad_values.T).to(concepts.dtype)
         return grad_patches, grad_concepts
+
+
+def _search_by_chunks(patches: Tensor, concepts: Tensor, product_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The best similarity and its patch, (b, N) each, one chunk of the (b, P, N) products at a time."""
+    num_images, num_patches, _ = patches.shape
+    values = patches.new_empty((num_images, len(concepts)), dtype=_loss_dtype(patches))
+    indices = patches.new_empty((num_images, len(concepts)), dtype=torch.int64)
+    columns = max(min(_chunk_entries(patches) // num_patches, len(concepts)), 1)
+    rows = max(_chunk_entries(patches) // (num_patches * columns), 1)
+    for first in range(0, len(concepts), columns):
+        some_concepts = concepts[first : first + columns]
+        transposed = some_concepts.to(product_dtype).T
+        for start in range(0, num_images, rows):
+            some_patches = patches[start : start + rows]
+            best = (some_patches.to(product_dtype) @ transposed).max(dim=1)
+            where = (slice(start, start + rows), slice(first, first + columns))
+            indices[where] = best.indices
+            is_exact = product_dtype == values.dtype
+            values[where] = best.values if is_exact else _similarity_at(some_patches, some_concepts, best.indices)
+    return values, indices
 
 
 def _sum_concepts_by_patch(concepts: Tensor, best_rows: Tensor, weights: Tensor, num_rows: int) -> Tensor:
