@@ -147,7 +147,7 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
 
     bound = _MAX_LOG_TEMPERATURE
     found = minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-8})
-    if abs(found.x) > bound - 1e-3:
+    if found.fun > min(loss(-bound), loss(bound)) - 1e-9:
         raise ValueError("no temperature calibrates these logits: they are all right, all wrong or say nothing.")
     return float(np.exp(found.x))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 _MEMORY = 10  # pairs of L-BFGS, as scipy's default
 _ARMIJO, _SHRINK, _MAX_HALVINGS = 1e-4, 0.5, 30
+_ROUNDING = 1e-14  # relative, of the loss: close to the optimum it cannot tell steps apart
 _MAX_LOGITS = 40_000_000  # held at a time: 320 MB of float64
 
 
@@ -192,11 +193,13 @@ def _minimise(problems: _Problems, tolerance: float, max_steps: int) -> Logistic
     parameters, logits = found.clone(), problems.logits(found)
     gradient = problems.gradient(parameters, logits)
     history: list[tuple[Tensor, Tensor, Tensor]] = []
+    is_stuck = torch.zeros_like(is_converged)
     steps = 0
     for steps in range(max_steps + 1):
-        done = gradient.abs().amax(dim=1) <= tolerance
+        is_flat = gradient.abs().amax(dim=1) <= tolerance
+        done = is_flat | is_stuck
         if bool(done.any()):
-            found[active[done]], is_converged[active[done]] = parameters[done], True
+            found[active[done]], is_converged[active[is_flat]] = parameters[done], True
             rest = (~done).nonzero()[:, 0]
             active, parameters, gradient, logits = active[rest], parameters[rest], gradient[rest], logits[:, rest]
             problems = problems.narrowed(rest)
@@ -213,8 +216,7 @@ def _minimise(problems: _Problems, tolerance: float, max_steps: int) -> Logistic
         curvature = (moved * turned).sum(dim=1)
         scale = torch.where(curvature > 0, 1.0 / curvature.clamp(min=1e-300), torch.zeros_like(curvature))
         history = [*history[-(_MEMORY - 1) :], (moved, turned, scale)]
-        if not bool((lengths > 0).any()):
-            break  # rounding: no problem gets any better
+        is_stuck = lengths == 0
     found[active] = parameters
     whole = found.unflatten(1, (problems.targets.shape[2], -1))
     return LogisticFit(whole[..., :-1], whole[..., -1], steps, is_converged)
@@ -254,7 +256,7 @@ def _step_lengths(
     for _ in range(_MAX_HALVINGS):
         change = problems.losses(logits + lengths[:, None] * direction_logits) - start
         change = change + lengths * linear + lengths**2 * square
-        too_long = change > _ARMIJO * lengths * slope
+        too_long = change > _ARMIJO * lengths * slope + _ROUNDING * start
         if not bool(too_long.any()):
             return lengths
         lengths = torch.where(too_long, _SHRINK * lengths, lengths)
