@@ -22,6 +22,7 @@ from typing import Any
 import medclip_hf  # noqa: F401 - makes the Auto classes know both models
 from medclip_hf.hub.convert import CHECK_NAME, convert_checkpoint, convert_towers, export_official
 from medclip_hf.hub.convert_check import check_folder, compare_checks
+from medclip_hf.pipelines.pipeline_saving import add_pipelines
 
 
 def parse_command_line(command_line: list[str] | None) -> argparse.Namespace:
@@ -78,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
             tokenizer=options.tokenizer,
             patch_embedding=options.patch_embedding,
         )
+        add_pipelines(options.output)
         num_used = sum(map(len, report["used"].values()))
         print(f"{num_used} weights of the towers, {len(report['made'])} fresh: {options.output}")
         return 0
@@ -88,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
         config=config,
         with_processor=not options.without_processor,
     )
+    add_pipelines(options.output)
     counts = report["num_keys"]
     print(f"{report['architecture']}: {counts['used']} keys used, {counts['dropped']} dropped: {options.output}")
     return 0

@@ -386,7 +386,8 @@ def read_findings(findings: Any, anatomies: Sequence[str]) -> tuple[Any, ...]:
                 raise ValueError(
                     f"{finding} is no finding: it needs name, anatomy, absent and present ({error})."
                 ) from error
-        if not all(isinstance(value, str) and value.strip() for value in vars(finding).values()):
+        values = vars(finding).values() if isinstance(finding, Finding) else [None]
+        if not all(isinstance(value, str) and value.strip() for value in values):
             raise ValueError(f"{finding} is no finding: name, anatomy, absent and present must be texts, none empty.")
         chosen.append(finding)
     if not chosen or len({finding.name for finding in chosen}) < len(chosen):

@@ -3,6 +3,7 @@
 This file travels to the Hub with every pipeline.
 """
 
+import json
 import os
 import re
 import shutil
@@ -30,8 +31,31 @@ def name_pipelines(config: Any) -> None:
 
     Also undoes what transformers leaves there after loading one (classes, which no JSON takes).
     """
-    tasks = PIPELINES_OF_MODEL.get(config.model_type, {})
-    config.custom_pipelines = {
+    config.custom_pipelines = _entries(config.model_type)
+
+
+def add_pipelines(folder: str | os.PathLike[str]) -> None:
+    """Let the folder of a saved model carry its pipelines: their code, and their names in config.json.
+
+    Args:
+        folder: as the model's `save_pretrained` wrote it.
+
+    Raises:
+        ValueError: it holds no model that has pipelines.
+    """
+    path = Path(folder) / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not (entries := _entries(values.get("model_type", ""))):
+        raise ValueError(f"{folder} holds no model with pipelines; those of {', '.join(PIPELINES_OF_MODEL)} have some.")
+    copy_code(values["model_type"], folder)
+    partial = path.with_name(".config.json.partial")
+    partial.write_text(json.dumps(values | {"custom_pipelines": entries}, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _entries(model_type: str) -> dict[str, dict[str, Any]]:
+    tasks = PIPELINES_OF_MODEL.get(model_type, {})
+    return {
         task: {"impl": f"{file}.{name}", "pt": ["AutoModel"], "type": "multimodal"}
         for task, (file, name) in tasks.items()
     }
