@@ -3,7 +3,20 @@
 import pytest
 import torch
 
-from medclip_hf.evaluation.localization import energy_inside, mask_share, overlap, pointing_game, upsample_maps
+from medclip_hf.evaluation.localization import (
+    average_precision,
+    best_threshold,
+    case_figures,
+    centre_prior,
+    energy_inside,
+    localization_figures,
+    mask_share,
+    overlap,
+    overlap_at_thresholds,
+    pointing_game,
+    random_maps,
+    upsample_maps,
+)
 
 CORNER = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
 
@@ -93,3 +106,87 @@ def test_senseless_options_are_refused():
         pointing_game(CORNER, quarter_mask(0, 0), tolerance_pixels=-1)
     with pytest.raises(ValueError, match="threshold"):
         overlap(CORNER, quarter_mask(0, 0), threshold=0.0)
+
+
+def test_average_precision_is_scikit_learns():
+    from sklearn.metrics import average_precision_score
+
+    generator = torch.Generator().manual_seed(2)
+    maps = torch.rand(6, 12, 12, generator=generator)
+    maps[3:] = (4 * maps[3:]).round()  # ties
+    masks = torch.rand(6, 12, 12, generator=generator) > 0.7
+    expected = [
+        average_precision_score(t.flatten().numpy(), m.flatten().numpy()) for m, t in zip(maps, masks, strict=True)
+    ]
+    torch.testing.assert_close(average_precision(maps, masks), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, -2.0])
+def test_average_precision_of_a_flat_map_is_the_masks_share(level):
+    assert average_precision(torch.full((1, 3, 3), level), quarter_mask(0, 0)).item() == pytest.approx(0.25)
+
+
+def test_the_chosen_threshold_is_the_one_with_the_greatest_mean_overlap():
+    maps = torch.tensor([[[1.0, 0.6], [0.3, 0.0]]])
+    masks = torch.tensor([[[True, True], [False, False]]])
+    assert overlap(maps, masks, threshold=best_threshold(maps, masks)).item() == 1.0
+    assert overlap_at_thresholds(maps, masks, (0.2, 0.5, 0.9)).tolist() == [[pytest.approx(2 / 3), 1.0, 0.5]]
+    assert 0.3 < best_threshold(maps, masks) <= 0.6
+
+
+def test_perfect_maps_reach_one_and_random_maps_the_masks_share():
+    generator = torch.Generator().manual_seed(3)
+    masks = torch.zeros(200, 16, 16, dtype=torch.bool)
+    for mask, top, left in zip(masks, *torch.randint(0, 8, (2, 200), generator=generator).tolist(), strict=True):
+        mask[top : top + 8, left : left + 8] = True
+    names = ["a", "b"] * 100
+    perfect = localization_figures(masks.float(), masks, names, num_resamples=50, chosen_threshold=0.5)
+    for name in ("pointing", "iou_fixed", "iou_chosen", "iou_oracle", "auprc", "energy"):
+        assert perfect.mean[name].value == pytest.approx(1.0), name
+    blind = localization_figures(random_maps(200, (16, 16)), masks, names, num_resamples=200)
+    for name in ("pointing", "auprc", "energy"):
+        assert blind.mean[name].value == pytest.approx(0.25, abs=0.08), name
+    assert blind.mean["pointing"].low < 0.25 < blind.mean["pointing"].high
+
+
+def test_a_concept_counts_as_much_as_another_however_many_cases_it_has():
+    masks = quarter_mask(0, 0).expand(4, 8, 8)
+    maps = torch.cat([CORNER, CORNER, CORNER, CORNER.flip(1, 2)])
+    figures = localization_figures(maps, masks, ["often", "often", "often", "rare"], num_resamples=0)
+    assert figures.num_cases == {"often": 3, "rare": 1}
+    assert figures.per_concept["often"]["pointing"].value == 1.0
+    assert figures.mean["pointing"].value == 0.5
+
+
+def test_cases_of_a_group_are_resampled_together():
+    masks = quarter_mask(0, 0).expand(20, 8, 8)
+    maps = torch.cat([CORNER] * 10 + [CORNER.flip(1, 2)] * 10)
+    groups = [0] * 10 + [1] * 10
+    apart = localization_figures(maps, masks, ["a"] * 20, num_resamples=200).mean["pointing"]
+    together = localization_figures(maps, masks, ["a"] * 20, groups=groups, num_resamples=200).mean["pointing"]
+    assert (together.low, together.high) == (0.0, 1.0)
+    assert apart.low > 0.2
+
+
+def test_figures_do_not_depend_on_how_many_cases_are_measured_at_once(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    maps, masks = torch.rand(5, 4, 4, generator=generator), torch.rand(5, 8, 8, generator=generator) > 0.5
+    together = case_figures(maps, masks)
+    monkeypatch.setattr("medclip_hf.evaluation.localization._PIXELS_AT_ONCE", 64)
+    for name, values in case_figures(maps, masks).items():
+        torch.testing.assert_close(values, together[name])
+
+
+def test_the_centre_prior_peaks_in_the_middle():
+    prior = centre_prior(2, (5, 7))
+    assert prior.shape == (2, 5, 7)
+    assert divmod(prior[1].argmax().item(), 7) == (2, 3)
+
+
+def test_nothing_to_measure_is_refused():
+    with pytest.raises(ValueError, match="at least one case"):
+        localization_figures(torch.zeros(0, 2, 2), torch.zeros(0, 4, 4), [])
+    with pytest.raises(ValueError, match="at least one case"):
+        localization_figures(CORNER, quarter_mask(0, 0), ["a", "b"])
+    with pytest.raises(ValueError, match="without a case"):
+        best_threshold(torch.zeros(0, 2, 2), torch.zeros(0, 4, 4))

@@ -1,13 +1,202 @@
-"""How well a map shows where something is, against true masks: pointing game, overlap and energy.
+"""How well a map shows where something is, against true masks: pointing game, overlap, average precision and energy.
 
-All functions take one map per case, at any resolution, and give one figure per case, so that means and intervals by
-patient are taken with `metrics.mean_with_interval`.
+Most functions take one map per case, at any resolution, and give one figure per case; `localization_figures` takes all
+of them at once and gives means per concept with intervals.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from medclip_hf.evaluation.intervals import Interval, bootstrap_weights, percentile_interval
+
 FLAT_TOLERANCE = 1e-6  # of the largest value: what interpolation leaves of a constant in float32
+THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))  # of a map scaled to [0, 1]
+_PIXELS_AT_ONCE = 8_000_000  # of upsampled maps: 32 MB of float32 and a few times that while they are sorted
+
+
+@dataclass(frozen=True)
+class LocalizationFigures:
+    """What a set of maps reached, each figure with its interval.
+
+    Args:
+        num_cases: per concept.
+        per_concept: concept → figure → interval. Figures: ``pointing`` (peak inside), ``iou_fixed`` (at
+            `fixed_threshold`), ``iou_chosen`` (at `chosen_threshold`, if one was given), ``iou_oracle`` (at the best
+            threshold of each single case, which nobody knows beforehand: an upper bound), ``auprc`` (of pixels),
+            ``energy`` (share inside) and ``mask_share`` (of the picture: what a blind guess hits).
+        mean: the same, averaged over concepts.
+        fixed_threshold: of the scaled map, set beforehand.
+        chosen_threshold: of the scaled map, chosen on other cases; None: none.
+    """
+
+    num_cases: dict[str, int]
+    per_concept: dict[str, dict[str, Interval]]
+    mean: dict[str, Interval]
+    fixed_threshold: float
+    chosen_threshold: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def localization_figures(
+    maps: Tensor,
+    masks: Tensor,
+    concept_names: Sequence[str],
+    *,
+    groups: ArrayLike | None = None,
+    fixed_threshold: float = 0.5,
+    chosen_threshold: float | None = None,
+    tolerance_pixels: int = 0,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> LocalizationFigures:
+    """Every figure per concept and averaged over concepts, with intervals by bootstrap over groups.
+
+    Args:
+        maps: (N, rows, columns), one per case: a picture and a concept that is in it.
+        masks: (N, H, W) bool, none empty.
+        concept_names: of each case.
+        groups: (N,) patient or picture of each case; None: every case is its own.
+        fixed_threshold: in (0, 1].
+        chosen_threshold: what `best_threshold` found on the validation cases; None: leave ``iou_chosen`` out.
+        tolerance_pixels: see `pointing_game`.
+        num_resamples: 0: no intervals.
+        confidence: share of resamples inside the interval.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: as `pointing_game` and `overlap`; no case; a number of names or groups that does not fit.
+    """
+    if not len(maps) or len(concept_names) != len(maps):
+        raise ValueError(f"expected at least one case and a concept for each, got {len(maps)}, {len(concept_names)}")
+    values = case_figures(
+        maps,
+        masks,
+        fixed_threshold=fixed_threshold,
+        chosen_threshold=chosen_threshold,
+        tolerance_pixels=tolerance_pixels,
+    )
+    per_concept, mean = summarise_cases(
+        values, concept_names, groups=groups, num_resamples=num_resamples, confidence=confidence, seed=seed
+    )
+    num_cases = {concept: list(concept_names).count(concept) for concept in per_concept}
+    return LocalizationFigures(num_cases, per_concept, mean, fixed_threshold, chosen_threshold)
+
+
+def summarise_cases(
+    values: Mapping[str, Tensor],
+    concept_names: Sequence[str],
+    *,
+    groups: ArrayLike | None = None,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[dict[str, dict[str, Interval]], dict[str, Interval]]:
+    """Means of case figures: concept → figure → interval, and figure → interval of the mean over concepts.
+
+    A resample without a case of a concept is left out for that concept and for the mean, and counted.
+
+    Args:
+        values: figure → (N,), as `case_figures` gives them; average over seeds first where there are several.
+        concept_names: see `localization_figures`, as the rest.
+        groups: as there.
+        num_resamples: as there.
+        confidence: as there.
+        seed: as there.
+    """
+    concepts = list(dict.fromkeys(concept_names))
+    names = np.asarray(concept_names, dtype=object)
+    member = np.stack([names == concept for concept in concepts], axis=1).astype(np.float64)  # (N, C)
+    table = np.stack([figure.numpy() for figure in values.values()], axis=1)  # (N, F)
+    points = (member.T @ table) / member.sum(axis=0)[:, None]  # (C, F)
+    blocks = [_resampled_means(w, member, table) for w in bootstrap_weights(len(table), groups, num_resamples, seed)]
+    resampled = np.concatenate([np.zeros((0, *points.shape)), *blocks])  # (R, C, F)
+    per_concept = {
+        concept: {
+            name: percentile_interval(float(points[c, f]), resampled[:, c, f], confidence)
+            for f, name in enumerate(values)
+        }
+        for c, concept in enumerate(concepts)
+    }
+    mean = {
+        name: percentile_interval(float(points[:, f].mean()), resampled[:, :, f].mean(axis=1), confidence)
+        for f, name in enumerate(values)
+    }
+    return per_concept, mean
+
+
+def case_figures(
+    maps: Tensor,
+    masks: Tensor,
+    *,
+    fixed_threshold: float = 0.5,
+    chosen_threshold: float | None = None,
+    tolerance_pixels: int = 0,
+) -> dict[str, Tensor]:
+    """Figures (N,), float64, of every case by the names of `LocalizationFigures`; arguments as there."""
+    _checked_masks(maps, masks)
+    step = max(1, _PIXELS_AT_ONCE // (masks.shape[1] * masks.shape[2]))
+    parts: list[dict[str, Tensor]] = []
+    for first in range(0, len(maps), step):
+        some, truth = maps[first : first + step], masks[first : first + step]
+        upsampled = upsample_maps(some, _size(truth))
+        figures = {
+            "pointing": pointing_game(upsampled, truth, tolerance_pixels=tolerance_pixels),
+            "iou_fixed": overlap(upsampled, truth, threshold=fixed_threshold),
+            "iou_oracle": overlap_at_thresholds(upsampled, truth).amax(dim=1),
+            "auprc": average_precision(upsampled, truth),
+            "energy": energy_inside(upsampled, truth),
+            "mask_share": mask_share(truth),
+        }
+        if chosen_threshold is not None:
+            figures["iou_chosen"] = overlap(upsampled, truth, threshold=chosen_threshold)
+        parts.append(figures)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def best_threshold(maps: Tensor, masks: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> float:
+    """The threshold with the greatest mean IoU over these cases; choose it on validation, never on the test cases.
+
+    Args:
+        maps: (N, rows, columns), finite; cases of one concept, or of all.
+        masks: (N, H, W) bool, none empty.
+        thresholds: to choose from, each in (0, 1].
+
+    Raises:
+        ValueError: as `overlap`; no case.
+    """
+    if not len(maps):
+        raise ValueError("a threshold cannot be chosen without a case.")
+    step = max(1, _PIXELS_AT_ONCE // max(1, masks.shape[1] * masks.shape[2]))
+    total = torch.zeros(len(thresholds), dtype=torch.float64)
+    for first in range(0, len(maps), step):
+        total += overlap_at_thresholds(maps[first : first + step], masks[first : first + step], thresholds).sum(dim=0)
+    return thresholds[int(total.argmax())]
+
+
+def centre_prior(num_maps: int, size_rc: tuple[int, int]) -> Tensor:
+    """Maps (N, rows, columns) that know nothing but that things are photographed in the middle: a centred Gaussian.
+
+    Its standard deviation is a quarter of each side.
+    """
+    rows, columns = (torch.arange(side) - 0.5 * (side - 1) for side in size_rc)
+    height, width = (0.25 * side for side in size_rc)
+    prior = torch.exp(-0.5 * ((rows / height) ** 2)[:, None] - 0.5 * ((columns / width) ** 2)[None])
+    return prior.expand(num_maps, -1, -1)
+
+
+def random_maps(num_maps: int, size_rc: tuple[int, int], seed: int = 0) -> Tensor:
+    """Maps (N, rows, columns) of independent uniform noise, as many cells as the model has patches."""
+    return torch.rand(num_maps, *size_rc, generator=torch.Generator().manual_seed(seed))
 
 
 def upsample_maps(maps: Tensor, size_hw: tuple[int, int]) -> Tensor:
@@ -65,12 +254,44 @@ def overlap(maps: Tensor, masks: Tensor, *, threshold: float = 0.5) -> Tensor:
     Raises:
         ValueError: as `pointing_game`, and a threshold outside (0, 1].
     """
+    return overlap_at_thresholds(maps, masks, (threshold,))[:, 0]
+
+
+def overlap_at_thresholds(maps: Tensor, masks: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Tensor:
+    """Intersection over union (N, T) at every threshold; the greatest of a row is the oracle's. See `overlap`."""
     truth = _checked_masks(maps, masks)
-    if not 0.0 < threshold <= 1.0:
-        raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
-    is_hot = _scaled(upsample_maps(maps, _size(truth))) >= threshold
-    both, either = (is_hot & truth).sum(dim=(1, 2)), (is_hot | truth).sum(dim=(1, 2))
-    return both.double() / either
+    if not thresholds or not all(0.0 < threshold <= 1.0 for threshold in thresholds):
+        raise ValueError(f"every threshold must lie in (0, 1], got {list(thresholds)}")
+    scaled = _scaled(upsample_maps(maps, _size(truth)))
+    columns = []
+    for threshold in thresholds:
+        is_hot = scaled >= threshold
+        both, either = (is_hot & truth).sum(dim=(1, 2)), (is_hot | truth).sum(dim=(1, 2))
+        columns.append(both.double() / either)
+    return torch.stack(columns, dim=1)
+
+
+def average_precision(maps: Tensor, masks: Tensor) -> Tensor:
+    """Area (N,) under the precision-recall curve of the pixels, AP = Σ (Rₙ − Rₙ₋₁) Pₙ over distinct values of the map.
+
+    The same as scikit-learn's `average_precision_score`, all cases at once. A flat map gets the mask's share.
+
+    Args:
+        maps: (N, rows, columns), finite.
+        masks: (N, H, W) bool, none empty.
+
+    Raises:
+        ValueError: as `pointing_game`.
+    """
+    truth = _checked_masks(maps, masks)
+    values, order = _scaled(upsample_maps(maps, _size(truth))).flatten(1).sort(dim=1, descending=True)
+    found = truth.flatten(1).gather(1, order).cumsum(dim=1)  # true pixels at or above each rank
+    is_last = torch.ones_like(values, dtype=torch.bool)  # of those that share a value
+    is_last[:, :-1] = values[:, 1:] < values[:, :-1]
+    counted = torch.where(is_last, found, 0).cummax(dim=1).values
+    before = torch.cat([counted.new_zeros(len(counted), 1), counted[:, :-1]], dim=1)
+    precision = found.double() / torch.arange(1, found.shape[1] + 1, device=found.device)
+    return (precision * torch.where(is_last, found - before, 0)).sum(dim=1) / found[:, -1]
 
 
 def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
@@ -91,6 +312,15 @@ def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
 def mask_share(masks: Tensor) -> Tensor:
     """Share (N,) of the picture that each mask covers: what a blind guess hits in the pointing game."""
     return masks.bool().double().mean(dim=(1, 2))
+
+
+def _resampled_means(
+    weights: NDArray[np.float64], member: NDArray[np.float64], table: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Means (R, C, F) of each concept's figures in each resample; NaN where a resample lacks the concept."""
+    sums = np.einsum("rn,nc,nf->rcf", weights, member, table, optimize=True)
+    counts = (weights @ member)[..., None]
+    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
 def _scaled(maps: Tensor) -> Tensor:
