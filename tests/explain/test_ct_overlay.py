@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from medclip_hf.explain.ct_overlay import ANATOMY_COLOUR, FINDING_COLOUR, ScoredFinding, best_slice, draw_ct_finding
+from medclip_hf.explain import ct_overlay
+from medclip_hf.explain.ct_overlay import (
+    ANATOMY_COLOUR,
+    FINDING_COLOUR,
+    ScoredFinding,
+    best_slice,
+    draw_ct_finding,
+    draw_ct_map,
+)
 
 SHAPE = (12, 16, 20)
 SPACING = (3.0, 1.0, 1.0)
@@ -81,3 +89,53 @@ def test_the_headline_tells_score_and_truth(finding, headline):
 def test_what_cannot_be_drawn_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         draw(**options)
+
+
+def map_at(place, value=1.0):
+    values = np.zeros(SHAPE, np.float32)
+    values[place] = value
+    return values
+
+
+def draw_map(values, **options):
+    return draw_ct_map(IMAGE, values, **({"spacing_mm_dhw": SPACING, "title": "similarity"} | options))
+
+
+def test_a_map_is_drawn_on_three_planes_and_their_projections():
+    plain, marked = draw_map(np.zeros(SHAPE, np.float32)), draw_map(map_at((5, 6, 7)))
+    assert plain.shape == marked.shape
+    assert plain.shape[2] == 3
+    assert (plain != marked).any()
+
+
+def test_the_sagittal_view_runs_from_front_to_back_and_from_head_to_feet():
+    volume = np.arange(np.prod(SHAPE)).reshape(SHAPE)
+    view = ct_overlay._view(volume, ct_overlay._SAGITTAL, 4)
+    assert view.shape == (SHAPE[0], SHAPE[1])
+    assert view[0, 0] == volume[-1, 0, 4]
+    assert view[-1, -1] == volume[0, -1, 4]
+
+
+def test_a_patch_map_is_brought_to_the_scans_grid():
+    patches = np.zeros((3, 4, 5), np.float32)
+    patches[1, 2, 3] = 1.0
+    fine = ct_overlay._on_scan_grid(patches, SHAPE)
+    assert fine.shape == SHAPE
+    peak = np.unravel_index(fine.argmax(), SHAPE)
+    assert [place // 4 for place in peak] == [1, 2, 3]
+    assert draw_map(patches).dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "message"),
+    [
+        (np.zeros((30, 30, 30)), {}, "at most the scan's"),
+        (np.zeros((3, 4)), {}, "depth, height, width"),
+        (np.full(SHAPE, np.nan), {}, "not finite"),
+        (np.zeros(SHAPE), {"value_range": (1.0, 0.0)}, "must rise"),
+        (np.zeros(SHAPE), {"outline": LUNG[0]}, "one grid"),
+    ],
+)
+def test_a_map_that_cannot_be_drawn_is_refused(values, options, message):
+    with pytest.raises(ValueError, match=message):
+        draw_map(values, **options)

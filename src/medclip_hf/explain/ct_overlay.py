@@ -1,16 +1,19 @@
-"""CT findings as pictures: the slices on which to look, the outline of the anatomy that was scored, the score."""
+"""CT as pictures: the slices on which to look, the outline of the anatomy that was scored, maps on three planes."""
 
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
+
+from medclip_hf.explain.overlay import _draw_colour_bar, overlay_map
 
 Pixels = NDArray[np.uint8]
 
@@ -19,7 +22,10 @@ ANATOMY_COLOUR, FINDING_COLOUR = "#00e5ff", "#ffd400"
 # Of the anatomy and the finding, which may share a border.
 _STYLES: tuple[Literal["solid", "dashed"], ...] = ("solid", "dashed")
 _VIEW_INCHES, _MAX_VIEW_RATIO, _DPI = 3.6, 2.0, 110  # width of a view, and its height against that at most
-_AXIAL, _CORONAL = 0, 1  # the axis that a view is a slice of
+_AXIAL, _CORONAL, _SAGITTAL = 0, 1, 2  # the axis that a view is a slice of
+_PLANES = {_AXIAL: "axial", _CORONAL: "coronal", _SAGITTAL: "sagittal"}
+_SIDES = {_AXIAL: ("R", "L"), _CORONAL: ("R", "L"), _SAGITTAL: ("A", "P")}
+_CROSS_COLOUR = "#ffffff"
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,63 @@ def draw_ct_finding(
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
 
 
+def draw_ct_map(
+    image_hu: NDArray[np.generic],
+    values: NDArray[np.generic],
+    *,
+    spacing_mm_dhw: Sequence[float],
+    title: str,
+    value_label: str = "similarity",
+    value_range: tuple[float, float] | None = None,
+    outline: NDArray[np.bool_] | None = None,
+    window_hu: tuple[float, float] = DISPLAY_WINDOW_HU,
+) -> Pixels:
+    """A drawing (h, w, 3), uint8: a map over three planes through its highest value; below, maximum projections.
+
+    Below stand the greatest values along each axis, of the scan and of the map apart: what is bright there lies
+    somewhere on the line of sight. As radiologists look: from the feet, from the front, from the patient's left.
+
+    Args:
+        image_hu: (D, H, W) in LPS orientation, Hounsfield units.
+        values: (D, H, W), or coarser where it covers the same box (a patch grid): brought to the scan's grid
+            trilinearly.
+        spacing_mm_dhw: voxel size of the scan.
+        title: above.
+        value_label: what the colour bar measures.
+        value_range: values drawn transparent and fully; None: least and greatest of this map.
+        outline: (D, H, W), drawn on the planes (the anatomy, the true region), or None.
+        window_hu: shown black and white.
+
+    Raises:
+        ValueError: arrays that do not fit, a map that is not finite, a window, range or spacing that makes no sense.
+    """
+    shape = _checked(image_hu, np.ones(image_hu.shape, bool), outline, spacing_mm_dhw, window_hu)
+    fine = _on_scan_grid(values, shape)
+    # A flat map stays transparent, as in overlay_map.
+    low, high = value_range or (float(fine.min()), float(fine.max()) if np.ptp(fine) > 0 else float(fine.min()) + 1.0)
+    peak = tuple(int(place) for place in np.unravel_index(int(fine.argmax()), shape))
+    figure, tiles = _lay_out_planes(shape, spacing_mm_dhw)
+    for column, (axis, plane) in enumerate(_PLANES.items()):
+        extent = _view_extent_mm(shape, spacing_mm_dhw, axis)
+        upper, lower = tiles[:, column]
+        sliced = [_view(array, axis, peak[axis]) for array in (image_hu, fine)]
+        _show_map(upper, sliced[0], sliced[1], window_hu, (low, high), extent)
+        upper.set_title(f"{plane} slice {peak[axis] + 1} of {shape[axis]}", fontsize=9)
+        _cross(upper, peak, shape, axis, extent)
+        if outline is not None:
+            _outline(upper, _view(outline, axis, peak[axis]), extent, ANATOMY_COLOUR, _STYLES[0])
+        projected = [_view(array.max(axis=axis, keepdims=True), axis, 0) for array in (image_hu, fine)]
+        _show_map(lower, projected[0], projected[1], window_hu, (low, high), extent)
+        lower.set_title(f"{plane} maximum projection", fontsize=9)
+        for tile in (upper, lower):
+            _letter_sides(tile, axis)
+    figure.suptitle(textwrap.fill(title, 100), fontsize=11, parse_math=False)
+    _draw_colour_bar(figure, list(tiles.flat), (low, high), value_label)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
 def best_slice(mask: NDArray[np.bool_], axis: int) -> int:
     """The slice along an axis that holds most of a mask; of equal ones, the middle."""
     counts = np.asarray(mask, dtype=bool).sum(axis=tuple(other for other in range(mask.ndim) if other != axis))
@@ -120,8 +183,10 @@ def _checked(
 
 
 def _view(volume: NDArray[np.generic], axis: int, place: int) -> NDArray[np.generic]:
-    """A slice with its rows from top to bottom: front to back for axial ones, head to feet for coronal ones."""
-    return volume[place] if axis == _AXIAL else volume[::-1, place]
+    """A slice with its rows from top to bottom: front to back for axial ones, head to feet for the others."""
+    if axis == _AXIAL:
+        return volume[place]
+    return volume[::-1, place] if axis == _CORONAL else volume[::-1, :, place]
 
 
 def _view_extent_mm(
@@ -129,7 +194,8 @@ def _view_extent_mm(
 ) -> tuple[float, float, float, float]:
     """(left, right, bottom, top) of a view, rows growing downwards."""
     rows = 1 if axis == _AXIAL else 0
-    return 0.0, shape[2] * float(spacing_mm_dhw[2]), shape[rows] * float(spacing_mm_dhw[rows]), 0.0
+    columns = 1 if axis == _SAGITTAL else 2
+    return 0.0, shape[columns] * float(spacing_mm_dhw[columns]), shape[rows] * float(spacing_mm_dhw[rows]), 0.0
 
 
 def _show_slice(
@@ -137,8 +203,73 @@ def _show_slice(
 ) -> None:
     tile.imshow(pixels, cmap="gray", vmin=window[0], vmax=window[1], extent=extent, interpolation="antialiased")
     tile.set_axis_off()
-    for letter, place, side in (("R", 0.02, "left"), ("L", 0.98, "right")):
+    _letter_sides(tile, _AXIAL)
+
+
+def _letter_sides(tile: Axes, axis: int) -> None:
+    for letter, place, side in zip(_SIDES[axis], (0.02, 0.98), ("left", "right"), strict=True):
         tile.text(place, 0.97, letter, color="white", fontsize=9, ha=side, va="top", transform=tile.transAxes)
+
+
+def _lay_out_planes(shape: tuple[int, int, int], spacing_mm_dhw: Sequence[float]) -> tuple[Figure, NDArray[Any]]:
+    """Two rows of tiles, as wide as the planes are in millimetres."""
+    depth_mm, height_mm, width_mm = (size * float(step) for size, step in zip(shape, spacing_mm_dhw, strict=True))
+    widths = [width_mm, width_mm, height_mm]
+    inches = _VIEW_INCHES * min(max(height_mm, depth_mm) / max(widths), _MAX_VIEW_RATIO)
+    figure = Figure(figsize=(3 * _VIEW_INCHES + 0.8, 2 * inches + 1.3), dpi=_DPI, layout="constrained")
+    return figure, figure.subplots(2, 3, width_ratios=widths)
+
+
+def _on_scan_grid(values: NDArray[np.generic], shape: tuple[int, int, int]) -> NDArray[np.float32]:
+    coarse = np.asarray(values, dtype=np.float32)
+    if coarse.ndim != 3 or 0 in coarse.shape or any(few > many for few, many in zip(coarse.shape, shape, strict=True)):
+        raise ValueError(f"the map must be (depth, height, width), at most the scan's {shape}, got {coarse.shape}")
+    if not np.isfinite(coarse).all():
+        raise ValueError("the map holds values that are not finite")
+    if coarse.shape == shape:
+        return coarse
+    grown = torch.nn.functional.interpolate(torch.from_numpy(coarse)[None, None], size=shape, mode="trilinear")
+    return np.asarray(grown[0, 0].numpy())
+
+
+def _show_map(
+    tile: Axes,
+    pixels: NDArray[np.generic],
+    values: NDArray[np.generic],
+    window: tuple[float, float],
+    value_range: tuple[float, float],
+    extent: tuple[float, float, float, float],
+) -> None:
+    grey = np.clip((pixels.astype(np.float32) - window[0]) / (window[1] - window[0]), 0.0, 1.0)
+    map_slice = np.ascontiguousarray(values)  # views from head to feet run backwards, which torch does not take
+    picture = overlay_map(np.rint(255.0 * grey).astype(np.uint8), map_slice, value_range=value_range)
+    tile.imshow(picture, extent=extent, interpolation="antialiased")
+    tile.set_axis_off()
+
+
+def _cross(
+    tile: Axes,
+    peak: tuple[int, ...],
+    shape: tuple[int, int, int],
+    axis: int,
+    extent: tuple[float, float, float, float],
+) -> None:
+    """Thin lines through the peak, with a gap around it."""
+    rows, columns = 1 if axis == _AXIAL else 0, 1 if axis == _SAGITTAL else 2
+    left, right, bottom, top = extent
+    x = left + (peak[columns] + 0.5) / shape[columns] * (right - left)
+    share = (peak[rows] + 0.5) / shape[rows]
+    y = top + (share if axis == _AXIAL else 1.0 - share) * (bottom - top)
+    gap = 0.06 * (right - left)
+    style: dict[str, Any] = {"color": _CROSS_COLOUR, "linewidth": 0.7, "alpha": 0.8}
+    for start, end in ((left, x - gap), (x + gap, right)):
+        if start < end:
+            tile.plot([start, end], [y, y], **style)
+    for start, end in ((top, y - gap), (y + gap, bottom)):
+        if start < end:
+            tile.plot([x, x], [start, end], **style)
+    tile.set_xlim(left, right)
+    tile.set_ylim(bottom, top)
 
 
 def _outline(
