@@ -261,7 +261,9 @@ def _find_window(
 ) -> tuple[int, int, int, list[str]] | None:
     """(left, top, side, labels of the cells inside) of a window with the wanted kinds; any clear one where none has."""
     greatest = min(sides[1], smear.width, smear.height)
-    side = np.exp(rng.uniform(*np.log(sides), _NUM_TRIES)).round().astype(np.int64).clip(1, greatest)
+    side = (
+        np.exp(rng.uniform(np.log(sides[0]), np.log(sides[1]), _NUM_TRIES)).round().astype(np.int64).clip(1, greatest)
+    )
     left = rng.integers(0, smear.width - side, endpoint=True)
     top = rng.integers(0, smear.height - side, endpoint=True)
     is_named, is_half_seen = _cells_inside(smear.boxes, left, top, side)
