@@ -119,7 +119,7 @@ class ScanReportCollator:
         for place, scan in enumerate(scans):
             scaled = (scan.image.astype(np.float32) - window.hu_min) / (window.hu_max - window.hu_min)
             volumes[place, 0], masks[place] = np.clip(scaled, 0.0, 1.0), scan.anatomy_mask
-        reports = [scan_report(scan) for scan in scans]
+        reports = [scan_report(scan.texts) for scan in scans]
         return {
             "pixel_values": torch.from_numpy(volumes),
             "anatomy_mask": torch.from_numpy(masks),
@@ -152,9 +152,9 @@ class ReportObjective:
         return mean_over_all(embeddings["sample_losses"], embeddings["num_tokens"])
 
 
-def scan_report(scan: ScanExample) -> str:
-    """What the report says of the anatomies, each sentence once."""
-    sentences = dict.fromkeys(sentence for text in scan.texts for sentence in split_sentences(text))
+def scan_report(texts: Sequence[str]) -> str:
+    """The report that the captions of the anatomies make up, in their order, each sentence once."""
+    sentences = dict.fromkeys(sentence for text in texts for sentence in split_sentences(text))
     return " ".join(sentence if sentence.endswith(".") else f"{sentence}." for sentence in sentences)
 
 

@@ -120,28 +120,27 @@ class ConceptCLIPForReportGeneration(PreTrainedModel):
     @classmethod
     def from_vision_language_pretrained(
         cls,
-        vision_path: str | PathLike[str],
-        language_path: str | PathLike[str],
-        *,
-        language_model_kwargs: dict[str, Any] | None = None,
+        conceptclip: str | PathLike[str] | ConceptCLIPModel,
+        language_model: str | PathLike[str] | PreTrainedModel,
         **config_kwargs: Any,
     ) -> "ConceptCLIPForReportGeneration":
         """A model from a ConceptCLIP and a language model, with a fresh projection.
 
         Args:
-            vision_path: folder or Hub name of a ConceptCLIP.
-            language_path: folder or Hub name of a causal language model.
-            language_model_kwargs: of its `from_pretrained`, for instance `dtype=torch.bfloat16`.
+            conceptclip: the model, or its folder or Hub name.
+            language_model: a causal one, or its folder or Hub name.
             config_kwargs: further arguments of [`ConceptCLIPReportGenerationConfig`].
         """
-        given = ConceptCLIPModel.from_pretrained(vision_path)
-        language_model = AutoModelForCausalLM.from_pretrained(language_path, **(language_model_kwargs or {}))
+        if not isinstance(conceptclip, ConceptCLIPModel):
+            conceptclip = ConceptCLIPModel.from_pretrained(conceptclip)
+        if not isinstance(language_model, PreTrainedModel):
+            language_model = AutoModelForCausalLM.from_pretrained(language_model)
         config = ConceptCLIPReportGenerationConfig(
-            vision_config=given.config.vision_config.to_dict(), text_config=language_model.config, **config_kwargs
+            vision_config=conceptclip.config.vision_config.to_dict(), text_config=language_model.config, **config_kwargs
         )
         vision_model = SiglipVisionModel._from_config(config.vision_config)
-        weights = given.vision_model.state_dict()
-        vision_model.load_state_dict({name: weights[name] for name in vision_model.state_dict()})  # all but the head
+        given = conceptclip.vision_model.state_dict()
+        vision_model.load_state_dict({name: given[name] for name in vision_model.state_dict()})  # all but the head
         return cls(config, vision_model, language_model)
 
     @classmethod

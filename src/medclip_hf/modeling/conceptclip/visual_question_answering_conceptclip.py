@@ -119,6 +119,8 @@ class ConceptCLIPForVisualQuestionAnswering(PreTrainedModel):
     def __init__(self, config: ConceptCLIPVisualQuestionAnsweringConfig) -> None:
         super().__init__(config)
         cross = config.cross_modal_config
+        if cross._attn_implementation is None:  # the layers belong to no model of their own that would choose one
+            cross._attn_implementation = config._attn_implementation
         embed_dim, text_dim = config.vision_config.hidden_size, config.text_config.hidden_size
         self.vision_model = SiglipVisionModel._from_config(config.vision_config)
         self.text_model = BertModel._from_config(config.text_config, add_pooling_layer=False)

@@ -120,22 +120,21 @@ class FVLMForReportGeneration(PreTrainedModel):
     @classmethod
     def from_fvlm_language_pretrained(
         cls,
-        fvlm_path: str | PathLike[str],
-        language_path: str | PathLike[str],
-        *,
-        language_model_kwargs: dict[str, Any] | None = None,
+        fvlm: str | PathLike[str] | FVLMModel,
+        language_model: str | PathLike[str] | PreTrainedModel,
         **config_kwargs: Any,
     ) -> "FVLMForReportGeneration":
         """A model from an fVLM and a language model, with a fresh projection.
 
         Args:
-            fvlm_path: folder or Hub name of an fVLM.
-            language_path: folder or Hub name of a causal language model.
-            language_model_kwargs: of its `from_pretrained`, for instance `dtype=torch.bfloat16`.
+            fvlm: the model, or its folder or Hub name.
+            language_model: a causal one, or its folder or Hub name.
             config_kwargs: further arguments of [`FVLMReportGenerationConfig`].
         """
-        fvlm = FVLMModel.from_pretrained(fvlm_path)
-        language_model = AutoModelForCausalLM.from_pretrained(language_path, **(language_model_kwargs or {}))
+        if not isinstance(fvlm, FVLMModel):
+            fvlm = FVLMModel.from_pretrained(fvlm)
+        if not isinstance(language_model, PreTrainedModel):
+            language_model = AutoModelForCausalLM.from_pretrained(language_model)
         config = FVLMReportGenerationConfig(fvlm_config=fvlm.config, text_config=language_model.config, **config_kwargs)
         return cls(config, fvlm, language_model)
 
