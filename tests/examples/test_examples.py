@@ -1,0 +1,107 @@
+"""The three examples run from end to end, on small models that have learned nothing."""
+
+import runpy
+
+import pytest
+import torch
+from PIL import Image
+from transformers import BertTokenizer
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from medclip_hf import (
+    ConceptCLIPConfig,
+    ConceptCLIPModel,
+    ConceptCLIPProcessor,
+    FVLMConfig,
+    FVLMImageProcessor,
+    FVLMModel,
+    FVLMProcessor,
+)
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.,-"]
+WORDS += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+SIZES = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+
+
+def tokenizer() -> BertTokenizer:
+    return BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)})
+
+
+@pytest.fixture(scope="module")
+def conceptclip(tmp_path_factory):
+    torch.manual_seed(0)
+    config = ConceptCLIPConfig(
+        text_config={**SIZES, "vocab_size": len(WORDS), "hidden_size": 8, "max_position_embeddings": 128},
+        vision_config={**SIZES, "hidden_size": 16, "image_size": 16, "patch_size": 4, "hidden_act": "gelu"},
+    )
+    folder = tmp_path_factory.mktemp("conceptclip")
+    ConceptCLIPModel(config).save_pretrained(folder)
+    processor = ConceptCLIPProcessor(SiglipImageProcessorPil(size={"height": 16, "width": 16}), tokenizer())
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def fvlm(tmp_path_factory):
+    torch.manual_seed(0)
+    config = FVLMConfig(
+        text_config={**SIZES, "vocab_size": len(WORDS), "hidden_size": 8},
+        vision_config={**SIZES, "hidden_size": 16, "image_size_dhw": (16, 16, 16), "patch_size_dhw": (8, 8, 8)},
+        feature_layers=(),
+        projection_dim=12,
+    )
+    folder = tmp_path_factory.mktemp("fvlm")
+    FVLMModel(config).save_pretrained(folder)
+    image_processor = FVLMImageProcessor(
+        anatomies=config.anatomies,
+        size_dhw=(16, 16, 16),
+        patch_size_dhw=(8, 8, 8),
+        crop_margin_dhw=(1, 1, 1),
+        spacing_mm_dhw=(8, 8, 8),
+    )
+    FVLMProcessor(image_processor, tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+def run(repository, name, *words):
+    """Exit code of an example's main, in this process."""
+    return runpy.run_path(str(repository / "examples" / name))["main"]([str(word) for word in words])
+
+
+def test_zero_shot_heatmaps_of_a_drawn_figure_and_of_a_file(repository, conceptclip, tmp_path, capsys):
+    output = tmp_path / "heatmaps.png"
+    assert run(repository, "zero_shot_heatmaps.py", "--model", conceptclip, "--output", output) == 0
+    assert "(drawn here)" in capsys.readouterr().out
+    assert Image.open(output).width > 400
+    Image.effect_noise((30, 20), 60).save(tmp_path / "figure.png")
+    words = ("--image", tmp_path / "figure.png", "--findings", "edema", "fracture", "--output", output)
+    assert run(repository, "zero_shot_heatmaps.py", "--model", conceptclip, *words) == 0
+    assert "edema" in capsys.readouterr().out
+
+
+def test_ct_scoring_of_a_drawn_patient(repository, fvlm, tmp_path, capsys):
+    output = tmp_path / "finding.png"
+    assert run(repository, "ct_scoring.py", "--model", fvlm, "--output", output) == 0
+    assert "Cardiomegaly (heart)" in capsys.readouterr().out
+    assert Image.open(output).width > 400
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "sentence"),
+    [
+        ("zero_shot_heatmaps.py", ("--image", "absent.png"), "absent.png"),
+        ("ct_scoring.py", ("--scan", "absent.nii.gz"), "run TotalSegmentator"),
+    ],
+)
+def test_a_mistake_of_the_caller_is_one_sentence(repository, conceptclip, fvlm, capsys, name, words, sentence):
+    model = fvlm if name == "ct_scoring.py" else conceptclip
+    assert run(repository, name, "--model", model, *words) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_lora_trains_an_adapter_and_loads_it_by_its_folder(repository, conceptclip, tmp_path, capsys):
+    words = ("--output", tmp_path / "out", "--num-train", 64, "--num-test", 40, "--steps", 1)
+    assert run(repository, "lora.py", "--model", conceptclip, *words) == 0
+    printed = capsys.readouterr().out
+    assert "as it was: 0." in printed
+    assert "with adapter: 0." in printed
