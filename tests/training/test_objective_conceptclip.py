@@ -6,6 +6,8 @@ Run by pytest this file starts itself as the processes of gloo groups; each writ
 import os
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from transformers import BertConfig, SiglipVisionConfig
 from medclip_hf.modeling.conceptclip.configuration_conceptclip import ConceptCLIPConfig
 from medclip_hf.modeling.conceptclip.loss_conceptclip import pool_concepts
 from medclip_hf.modeling.conceptclip.modeling_conceptclip import ConceptCLIPModel
+from medclip_hf.training.gradients import backward
 from medclip_hf.training.objectives import ConceptCLIPObjective
 
 NUM_TOKENS = 10
@@ -39,8 +42,10 @@ CASES = {  # number of processes: name: (rows of each process, concepts of each 
     3: {"unequal": ([1, 3, 2], [2, 3, 0, 1, 2, 1])},
     8: {"unequal": ([1, 2, 0, 1, 1, 3, 1, 1], [2, 3, 0, 1, 2, 1, 0, 1, 4, 2])},
 }
+MICRO_BATCHES = "micro-batches"  # whose number differs between processes where one has fewer rows than it
 ROWS_AT_ONCE = {"in one block": 8192, "block by block": 1}  # at least one of every process
-EVERY_CASE = [(size, case, blocks) for size, cases in CASES.items() for case in cases for blocks in ROWS_AT_ONCE]
+WAYS = (*ROWS_AT_ONCE, MICRO_BATCHES)
+EVERY_CASE = [(size, case, way) for size, cases in CASES.items() for case in cases for way in WAYS]
 
 
 def tiny_model(with_concepts=True):
@@ -127,6 +132,21 @@ def golden_step(embeddings, batch):
     }
 
 
+class PlainAccelerator:
+    """As much of an Accelerator as a backward pass asks for."""
+
+    device = torch.device("cpu")
+
+    def no_sync(self, model):
+        return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
+
+
+def step_by_micro_batches(model, objective, batch, num_micro_batches):
+    values = backward(model, objective, batch, num_micro_batches, PlainAccelerator())
+    gradients = {f"gradient {name.removeprefix('module.')}": p.grad for name, p in model.named_parameters()}
+    return gradients | {f"log {name}": value for name, value in values.items() if name != "loss"}
+
+
 def process_main(rank, world_size, folder, goldens):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -139,6 +159,9 @@ def process_main(rank, world_size, folder, goldens):
             model = DistributedDataParallel(tiny_model(with_concepts=case != "stage 1"))
             found = step(model, ConceptCLIPObjective(rows_at_once=rows_at_once), batch)
             save_file(found, folder / f"{world_size}-{case}-{blocks}-{rank}")
+        model = DistributedDataParallel(tiny_model(with_concepts=case != "stage 1"))
+        found = step_by_micro_batches(model, ConceptCLIPObjective(rows_at_once=4), batch, num_micro_batches=3)
+        save_file(found, folder / f"{world_size}-{case}-{MICRO_BATCHES}-{rank}")
     golden = goldens / "conceptclip_losses_base_ws2.safetensors"
     if world_size == 2 and golden.exists():
         save_file(golden_step(*golden_share(load_file(golden), rank)), folder / f"golden-{rank}")
@@ -156,12 +179,12 @@ def folder(tmp_path_factory, repository):
     return folder
 
 
-@pytest.mark.parametrize(("world_size", "case", "blocks"), EVERY_CASE)
-def test_several_processes_equal_one(world_size, case, blocks, folder):
+@pytest.mark.parametrize(("world_size", "case", "way"), EVERY_CASE)
+def test_several_processes_equal_one(world_size, case, way, folder):
     rows, concepts_of_rows = CASES[world_size][case]
     expected = step(tiny_model(with_concepts=case != "stage 1"), ConceptCLIPObjective(), make_batch(concepts_of_rows))
     for rank in range(world_size):
-        found = load_file(folder / f"{world_size}-{case}-{blocks}-{rank}")
+        found = load_file(folder / f"{world_size}-{case}-{way}-{rank}")
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
@@ -241,6 +264,31 @@ def test_concept_identity_changes_the_loss_of_captions_that_share_a_concept():
         objective = ConceptCLIPObjective(use_concept_identity=use_concept_identity)
         losses.append(objective.compare(objective.embed(model, batch), batch)["patch_concept_loss"])
     assert losses[0] < losses[1]
+
+
+@pytest.mark.parametrize("with_concepts", [True, False])
+@pytest.mark.parametrize("num_micro_batches", [2, 3, 5])
+def test_patches_that_go_by_give_the_gradient_of_the_whole_batch(num_micro_batches, with_concepts):
+    batch, objective = make_batch(BATCH_CONCEPTS), ConceptCLIPObjective()
+    expected = step(tiny_model(with_concepts), objective, batch)
+    found = step_by_micro_batches(tiny_model(with_concepts), objective, batch, num_micro_batches)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_patches_of_one_micro_batch_at_a_time_are_in_memory():
+    alive = []
+
+    class Watched(ConceptCLIPObjective):
+        def embed_images(self, model, batch):
+            embeddings = super().embed_images(model, batch)
+            assert sum(patches() is not None for patches in alive) == 0
+            alive.append(weakref.ref(embeddings["patch_embeds"]))
+            return embeddings
+
+    step_by_micro_batches(tiny_model(), Watched(), make_batch(BATCH_CONCEPTS), num_micro_batches=5)
+    assert len(alive) == 8  # four passes twice; the last goes through both towers
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 3, 5, 9])

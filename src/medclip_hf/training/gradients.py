@@ -1,6 +1,6 @@
 """The gradient of one step: in one pass, or micro-batch by micro-batch with exactly the gradient of the whole batch."""
 
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 Batch = dict[str, Any]
+Embed = Callable[[torch.nn.Module, Batch], dict[str, Tensor]]
 
 
 class Objective(Protocol):
@@ -21,6 +22,32 @@ class Objective(Protocol):
 
     def compare(self, embeddings: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """The "loss" to differentiate, whose gradients' mean over processes is the global one, and values to log."""
+
+
+class Stream(Protocol):
+    """A loss over embeddings too large to be kept for a whole batch: they are compared as they go by."""
+
+    def add(self, embeds: Tensor, /) -> Tensor:
+        """The gradient at the next ones."""
+
+    def finish(self, values: dict[str, Tensor], /) -> dict[str, Tensor]:
+        """`values` of `compare` with this loss in them; the gradients of the leaves get its part as well."""
+
+
+@runtime_checkable
+class StreamingObjective(Protocol):
+    """An objective that can embed images and texts apart, and that lets some embeddings of images go by."""
+
+    streamed_name: str  # of those embeddings
+
+    def embed_images(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """What `embed` gives for the images."""
+
+    def embed_texts(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """What `embed` gives for the texts, scales and biases with them."""
+
+    def open_stream(self, leaves: dict[str, Tensor], batch: Batch, num_parts: int) -> Stream:
+        """The loss that `compare` leaves out where the streamed embeddings are not among the leaves."""
 
 
 @runtime_checkable
@@ -47,56 +74,122 @@ def backward(
     "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021): embed all without a graph,
     differentiate the loss with respect to the embeddings, then embed each micro-batch again with a graph and continue
     the backward pass from there. The second pass replays the random numbers of the first, so that dropout is the same.
+
+    What a `StreamingObjective` lets go by is never kept: the second passes over the images come first, each comparing
+    its patches with all concepts, and the texts follow when every image has had its say in the concepts' gradients.
     """
     if num_micro_batches == 1:
         values = objective.compare(objective.embed(model, batch), batch)
         values["loss"].backward()
         return {name: value.detach() for name, value in values.items()}
 
-    micro_batches = objective.split(batch, num_micro_batches)
-    parts, random_states = _embed_without_graph(model, objective, micro_batches, accelerator.device)
-    leaves = {
-        name: torch.cat([part[name] for part in parts]).requires_grad_(_is_real(parts[0][name])) for name in parts[0]
-    }
+    passes = _plan(objective, objective.split(batch, num_micro_batches))
+    for one in passes:
+        one.embed_without_graph(model, accelerator.device)
+    leaves = _join(passes)
     values = objective.compare(leaves, batch)
     values["loss"].backward()
+    _cut(leaves, passes)
 
-    cached = _split_like(parts, {name: leaf.grad for name, leaf in leaves.items()})
-    device_ids = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(device_ids):
-        for i, micro_batch in enumerate(micro_batches):
-            is_last = i == len(micro_batches) - 1
-            with nullcontext() if is_last else accelerator.no_sync(model):  # processes exchange gradients once
-                _set_random_state(random_states[i], accelerator.device)
-                embeddings = objective.embed(model, micro_batch)
-                learning = [name for name, value in embeddings.items() if value.requires_grad]
-                torch.autograd.backward([embeddings[name] for name in learning], [cached[i][name] for name in learning])
+    last, stream = passes[-1], None
+    if isinstance(objective, StreamingObjective) and last.streamed is not None:
+        stream = objective.open_stream(leaves, batch, num_parts=sum(one.has_images for one in passes))
+    with torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []):
+        for one in passes[:-1]:
+            if one.has_images:
+                with accelerator.no_sync(model):
+                    one.continue_backward(model, accelerator.device, stream)
+        if stream is not None and last.streamed is not None:
+            last.gradients[last.streamed_name] = stream.add(last.streamed)
+            values = stream.finish(values)
+        for one in passes[:-1]:
+            if not one.has_images:
+                with accelerator.no_sync(model):
+                    one.continue_backward(model, accelerator.device)
+        last.continue_backward(model, accelerator.device)  # processes exchange gradients once
     return {name: value.detach() for name, value in values.items()}
 
 
-def _embed_without_graph(
-    model: torch.nn.Module, objective: Objective, micro_batches: list[Batch], device: torch.device
-) -> tuple[list[dict[str, Tensor]], list[tuple[Tensor, Tensor | None]]]:
-    """The embeddings of each micro-batch, and the random state from which each was computed."""
-    parts, random_states = [], []
-    with torch.no_grad():
-        for micro_batch in micro_batches:
-            random_states.append(_random_state(device))
-            embeddings = objective.embed(model, micro_batch)
-            # a model may hand out a parameter as it is, a bias for instance, which wants a gradient even here
-            parts.append({name: value.detach() for name, value in embeddings.items()})
-    return parts, random_states
+class _Pass:
+    """A forward pass over a micro-batch: first without a graph, later with one, from the same random numbers.
+
+    Args:
+        embed: of the objective; both towers or one.
+        micro_batch: what is embedded.
+        has_images: whether images are among it.
+        streamed_name: of embeddings that are not kept; "" for none.
+        is_last: keeps them all the same: their turn comes before the last pass's.
+    """
+
+    def __init__(
+        self,
+        embed: Embed,
+        micro_batch: Batch,
+        *,
+        has_images: bool = True,
+        streamed_name: str = "",
+        is_last: bool = False,
+    ) -> None:
+        self.embed, self.micro_batch = embed, micro_batch
+        self.has_images, self.streamed_name, self.is_last = has_images, streamed_name, is_last
+        self.streamed: Tensor | None = None
+        self.embeddings: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+
+    def embed_without_graph(self, model: torch.nn.Module, device: torch.device) -> None:
+        """Keep the embeddings, and the random state from which they were computed."""
+        self.random_state = _random_state(device)
+        with torch.no_grad():
+            embeddings = self.embed(model, self.micro_batch)
+        # a model may hand out a parameter as it is, a bias for instance, which wants a gradient even here
+        self.embeddings = {name: value.detach() for name, value in embeddings.items()}
+        streamed = self.embeddings.pop(self.streamed_name, None)
+        self.streamed = streamed if self.is_last else None
+
+    def continue_backward(self, model: torch.nn.Module, device: torch.device, stream: Stream | None = None) -> None:
+        """Embed again with a graph, and go on backwards from the gradients at the embeddings."""
+        _set_random_state(self.random_state, device)
+        embeddings = self.embed(model, self.micro_batch)
+        if stream is not None:
+            self.gradients[self.streamed_name] = stream.add(embeddings[self.streamed_name])
+        learning = [name for name, value in embeddings.items() if value.requires_grad]
+        torch.autograd.backward([embeddings[name] for name in learning], [self.gradients[name] for name in learning])
+        self.gradients = {}
 
 
-def _split_like(parts: list[dict[str, Tensor]], gradients: dict[str, Tensor | None]) -> list[dict[str, Tensor]]:
-    """The gradients of the concatenated embeddings, cut where the micro-batches met; zeros where there is none."""
-    cut: list[dict[str, Tensor]] = [{} for _ in parts]
-    for name, gradient in gradients.items():
-        sizes = [len(part[name]) for part in parts]
-        pieces = [torch.zeros_like(part[name]) for part in parts] if gradient is None else gradient.split(sizes)
-        for piece, target in zip(pieces, cut, strict=True):
-            target[name] = piece
-    return cut
+def _plan(objective: Objective, micro_batches: list[Batch]) -> list[_Pass]:
+    """The passes of a step.
+
+    The last one is over everything: plain DDP exchanges gradients in a backward pass that reaches all parameters.
+    """
+    *others, last = micro_batches
+    if not isinstance(objective, StreamingObjective):
+        return [_Pass(objective.embed, micro_batch) for micro_batch in micro_batches]
+    name = objective.streamed_name
+    images = [_Pass(objective.embed_images, micro_batch, streamed_name=name) for micro_batch in others]
+    texts = [_Pass(objective.embed_texts, micro_batch, has_images=False) for micro_batch in others]
+    return [*images, *texts, _Pass(objective.embed, last, streamed_name=name, is_last=True)]
+
+
+def _join(passes: list[_Pass]) -> dict[str, Tensor]:
+    """The embeddings of the whole batch by name, each a leaf."""
+    parts: dict[str, list[Tensor]] = {}
+    for one in passes:
+        for name, value in one.embeddings.items():
+            parts.setdefault(name, []).append(value)
+    return {name: torch.cat(values).requires_grad_(_is_real(values[0])) for name, values in parts.items()}
+
+
+def _cut(leaves: dict[str, Tensor], passes: list[_Pass]) -> None:
+    """Give every pass its part of the leaves' gradients, as views: what is added to those later is in it."""
+    for name, leaf in leaves.items():
+        if leaf.grad is None:
+            leaf.grad = torch.zeros_like(leaf) if leaf.requires_grad else None
+        concerned = [one for one in passes if name in one.embeddings]
+        sizes = [len(one.embeddings.pop(name)) for one in concerned]
+        if leaf.grad is not None:
+            for one, piece in zip(concerned, leaf.grad.split(sizes), strict=True):
+                one.gradients[name] = piece
 
 
 def _is_real(value: Tensor) -> bool:

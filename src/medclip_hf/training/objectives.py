@@ -13,8 +13,12 @@ before one `compare` gives the same gradients, which adding up the losses of mic
 of its gradients, which is what DistributedDataParallel applies, is the gradient of one process with the global batch.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import EllipsisType
 from typing import Any, Protocol
 
 import torch
@@ -72,6 +76,8 @@ class ConceptCLIPObjective:
         "concept_logit_bias",
     )
 
+    streamed_name = "patch_embeds"
+
     def __init__(
         self,
         patch_concept_loss_weight: float = 0.5,
@@ -100,19 +106,32 @@ class ConceptCLIPObjective:
 
         A batch without rows gives embeddings without rows that still depend on every parameter.
         """
-        if len(batch["input_ids"]) == 0:
-            embeddings = self.embed(model, _one_empty_row(batch))
-            return {name: value if "logit" in name else value[:0] for name, value in embeddings.items()}
         inputs = {name: batch[name] for name in self.model_inputs if name in batch}
+        if any(len(values) == 0 for values in inputs.values()):
+            embeddings = self.embed(model, _one_empty_row(inputs))
+            return {name: value if "logit" in name else value[:0] for name, value in embeddings.items()}
         outputs = model(**inputs, return_loss=False, return_logits=False)
         return {name: outputs[name] for name in self.embedding_names if outputs.get(name) is not None}
+
+    def embed_images(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """What `embed` gives for the images, without the texts."""
+        embeddings = self.embed(model, {"pixel_values": batch["pixel_values"]})
+        return {name: value for name, value in embeddings.items() if "logit" not in name}
+
+    def embed_texts(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """What `embed` gives for the texts, without the images; scales and biases are with them."""
+        return self.embed(model, {name: values for name, values in batch.items() if name != "pixel_values"})
+
+    def open_stream(self, leaves: dict[str, Tensor], batch: Batch, num_parts: int) -> PatchConceptStream:
+        """PC-Align for patches that go by, beside `compare` of all else; see there for the arguments."""
+        return PatchConceptStream(self, leaves, batch, num_parts)
 
     def compare(self, embeddings: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """`loss` to call backward on, and the global values for the log, detached and equal on all processes.
 
         Args:
             embeddings: of the whole batch, as `embed` gives them, concatenated over micro-batches. Scales and biases
-                may have come k times and count by their mean.
+                may have come k times and count by their mean. Without `patch_embeds` it is IT-Align alone.
             batch: what was embedded.
 
         Raises:
@@ -128,7 +147,8 @@ class ConceptCLIPObjective:
         shares = {"image_text_loss": image_text_share}
         total_share = image_text_share
         if has_concepts:
-            patch_concept_share = self._patch_concept_share(embeddings, batch, usable, num_images, num_concepts)
+            concepts = self._concepts_of_batch(embeddings, batch, usable, num_images, num_concepts)
+            patch_concept_share = self._patch_concept_share(embeddings["patch_embeds"], concepts)
             shares["patch_concept_loss"] = patch_concept_share
             total_share = total_share + self.patch_concept_loss_weight * patch_concept_share
         shares["total_loss"] = total_share
@@ -167,19 +187,31 @@ class ConceptCLIPObjective:
             rows_at_once=self.rows_at_once,
         )
 
-    def _patch_concept_share(
+    def _concepts_of_batch(
         self,
         embeddings: dict[str, Tensor],
         batch: Batch,
         usable: Tensor,
         num_images: list[int],
         num_concepts: list[int],
-    ) -> Tensor:
-        """PC-Align of this process's patches with the concepts of all; the patches never travel."""
+    ) -> _Concepts:
         first_image_index = sum(num_images[: process_index()])
-        labels = [usable.nonzero()[:, 0] + first_image_index]  # the image of each concept
-        if self.use_concept_identity:
-            labels.append(_concept_ids(batch)[usable])
+        return _Concepts(
+            embeds=_to_float(embeddings["concept_embeds"][usable]),
+            to_image=usable.nonzero()[:, 0] + first_image_index,
+            ids=_concept_ids(batch)[usable] if self.use_concept_identity else None,
+            counts=num_concepts,
+            first_image_index=first_image_index,
+            scale=embeddings["concept_logit_scale"].mean(),
+            bias=embeddings["concept_logit_bias"].mean(),
+        )
+
+    def _patch_concept_share(self, patch_embeds: Tensor, concepts: _Concepts, first_row: int = 0) -> Tensor:
+        """PC-Align of some of this process's images, from `first_row` on, with the concepts of all processes.
+
+        The concepts go by block by block; the patches never travel.
+        """
+        labels = [concepts.to_image] if concepts.ids is None else [concepts.to_image, concepts.ids]
 
         def share_of_block(block: Block, patches: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
             concept_to_image, *concept_ids = block.labels.unbind(1)
@@ -189,22 +221,112 @@ class ConceptCLIPObjective:
                 concept_to_image,
                 scale,
                 bias,
-                first_image_index=first_image_index,
+                first_image_index=concepts.first_image_index + first_row,
                 concept_ids=concept_ids[0] if concept_ids else None,
-                caption_concepts=(labels[0], labels[1]) if concept_ids else None,
-                num_concepts=sum(num_concepts),
+                caption_concepts=None if concepts.ids is None else (concepts.to_image, concepts.ids),
+                num_concepts=sum(concepts.counts),
             )
 
-        scalars = (embeddings[f"concept_{name}"].mean() for name in ("logit_scale", "logit_bias"))
         return sum_over_blocks(
             share_of_block,
-            _to_float(embeddings["concept_embeds"][usable]),
+            concepts.embeds,
             torch.stack(labels, dim=1),
-            num_concepts,
-            embeddings["patch_embeds"],
-            *scalars,
+            concepts.counts,
+            patch_embeds,
+            concepts.scale,
+            concepts.bias,
             rows_at_once=self.rows_at_once,
         )
+
+
+@dataclass(frozen=True)
+class _Concepts:
+    """Those of this process's captions that have a vector, and what PC-Align asks of them.
+
+    Args:
+        embeds (n, D): vectors.
+        to_image (n,): global index of the image that each belongs to.
+        ids (n,): which concept it is; None where that plays no part.
+        counts: n of every process.
+        first_image_index: of this process among all.
+        scale (): exponentiated.
+        bias ().
+    """
+
+    embeds: Tensor
+    to_image: Tensor
+    ids: Tensor | None
+    counts: list[int]
+    first_image_index: int
+    scale: Tensor
+    bias: Tensor
+
+
+class PatchConceptStream:
+    """PC-Align of a batch whose patches come micro-batch by micro-batch, for they are too many to be kept.
+
+    The loss is a sum over images of what each one's own patches say of all concepts. So with the concepts at hand, an
+    image's patches can be compared, differentiated and forgotten. At the published size the patches of 8,192 images
+    would take 27 GB of float32; their concepts take 0.2 GB.
+
+    Args:
+        objective: whose loss it is.
+        leaves: embeddings of the whole batch but its patches, leaves of the graph that have their gradients so far.
+        batch: what was embedded.
+        num_parts: how often `add` will be called. Processes may differ; `finish` makes up for it.
+    """
+
+    def __init__(
+        self, objective: ConceptCLIPObjective, leaves: dict[str, Tensor], batch: Batch, num_parts: int
+    ) -> None:
+        self.objective, self.leaves = objective, leaves
+        self.usable = _usable_concepts(leaves, batch)
+        sizes = [len(leaves["image_embeds"]), int(self.usable.sum()), num_parts]
+        counts = gather_counts(sizes, leaves["image_embeds"].device)
+        num_images, num_concepts, everyones_parts = ([process[kind] for process in counts] for kind in (0, 1, 2))
+        self.num_missing = max(everyones_parts) - num_parts
+        with torch.no_grad():
+            concepts = objective._concepts_of_batch(leaves, batch, self.usable, num_images, num_concepts)
+        learning = {name: getattr(concepts, name).detach().requires_grad_() for name in ("embeds", "scale", "bias")}
+        self.concepts = replace(concepts, **learning)
+        self.num_rows = 0
+        self.share = torch.zeros((), device=concepts.embeds.device, dtype=concepts.embeds.dtype)
+
+    def add(self, patch_embeds: Tensor) -> Tensor:
+        """The gradient (m, P, D) at the patches of the next m images; a collective call."""
+        patches = patch_embeds.detach().requires_grad_()
+        share = self.objective._patch_concept_share(patches, self.concepts, self.num_rows)
+        (share * self.objective.patch_concept_loss_weight * num_processes()).backward()
+        self.num_rows += len(patches)
+        self.share += share.detach()
+        self.shape = patches.shape[1:]
+        assert patches.grad is not None
+        return patches.grad
+
+    def finish(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`values` of `compare` with this loss in them; the leaves' gradients get its part as well."""
+        for _ in range(self.num_missing):  # the other processes have more parts, and every part is a collective call
+            self.add(self.concepts.embeds.new_zeros(0, *self.shape))
+        _add_gradient(self.leaves["concept_embeds"], self.concepts.embeds.grad, self.usable)
+        for name, scalar in (("logit_scale", self.concepts.scale), ("logit_bias", self.concepts.bias)):
+            leaf = self.leaves[f"concept_{name}"]
+            if scalar.grad is not None:  # of a mean over as many entries as there were passes
+                _add_gradient(leaf, (scalar.grad / leaf.numel()).expand_as(leaf))
+        loss = sum_over_processes(self.share)
+        weighted = self.objective.patch_concept_loss_weight * self.share
+        return values | {
+            "loss": values["loss"].detach() + weighted * num_processes(),
+            "patch_concept_loss": loss,
+            "total_loss": values["total_loss"] + self.objective.patch_concept_loss_weight * loss,
+            "num_concepts": torch.tensor(float(sum(self.concepts.counts))),
+        }
+
+
+def _add_gradient(leaf: Tensor, gradient: Tensor | None, where: Tensor | EllipsisType = ...) -> None:
+    if leaf.grad is None:
+        leaf.grad = torch.zeros_like(leaf)
+    if gradient is not None:
+        leaf.grad[where] += gradient.to(leaf.dtype)
 
 
 def _one_empty_row(batch: Batch) -> Batch:
