@@ -1,9 +1,9 @@
 """What a prepared hospital data set looks like on disk: rows, labels, groups of patients, and `dataset.json`.
 
-Pictures (``"kind": "figures"``) are the Parquet shards of `data.parquet`, so `FigureDataset` reads them as they are, with
-the columns of `HospitalRow` beside them. CT scans (``"kind": "scans"``) are the store and index of `data.ct.engine`, so
-`ScanDataset` reads them, with ``subgroups.parquet`` beside the index. Labels are pairs (finding, is_present) in both; a
-finding that is not known for a row is not among them.
+Pictures (``"kind": "figures"``) are the Parquet shards of `data.parquet`, so `FigureDataset` reads them as they are,
+with the columns of `HospitalRow` beside them. CT scans (``"kind": "scans"``) are the store and index of
+`data.ct.engine`, so `ScanDataset` reads them, with ``subgroups.parquet`` beside the index. Labels are pairs (finding,
+is_present) in both; a finding that is not known for a row is not among them.
 """
 
 from __future__ import annotations

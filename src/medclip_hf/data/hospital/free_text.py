@@ -1,0 +1,401 @@
+"""Free text without what identifies a patient: every such place becomes the word for its kind, and is counted.
+
+Three finders work side by side: what this patient's headers and table say of him (names, numbers), rules for what
+looks like a date, name, number, address or institution, and the pattern recognisers of Presidio (phones by the
+numbering plans of countries, numbers with check digits). None of them understands the text: a first name in the middle
+of a sentence that stands in no header is found only by a language model of names, which `ner_model` can name. The rules
+lean to replacing too much.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from medclip_hf.data.hospital.folding import WORDS, compact, fold_with_places, folded, name_parts, spellings
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("NAME", "DATE", "TIME", "ID", "PHONE", "EMAIL", "URL", "ADDRESS", "INSTITUTION", "AGE")
+MAX_CHARACTERS = 50_000  # of one text, 20 times a long report; what is beyond is cut off
+WRAPPED_LINE = 60  # characters: a line break after so many is no end of a sentence
+PHONE_REGIONS = ("US", "GB", "DE", "FR")  # each costs time on every text; numbers with "+" are known everywhere
+
+Span = tuple[int, int, str]  # start, end, kind
+
+_MONTHS = (
+    "january|february|april|june|july|august|september|october|november|december|jan|feb|apr|jun|jul|aug|sept|sep|oct|"
+    "nov|dec|januar|februar|märz|mai|juni|juli|oktober|dezember|okt|dez|janvier|février|avril|juin|juillet|août|"
+    "septembre|octobre|novembre|décembre|enero|febrero|marzo|abril|mayo|junio|julio|agosto|septiembre|octubre|"
+    "noviembre|diciembre|gennaio|febbraio|aprile|maggio|giugno|luglio|settembre|ottobre|dicembre"
+)
+# "may" and "march" are verbs as well: as months they are written with a capital.
+_MONTH = rf"(?:(?i:{_MONTHS})|May|MAY|March|MARCH|Mar|MAR)\b\.?"
+_DAY = r"(?:0?[1-9]|[12]\d|3[01])"
+_YEAR = r"(?:(?:19|20)\d\d|['’]\d\d)"
+_CAPITAL = r"[A-ZÀ-ÖØ-ÞŁŚŠŽČĆĐ]"
+_NAME_WORD = rf"\b{_CAPITAL}[\w'’-]{{0,38}}\w"  # every repetition has a bound: hostile texts must not take hours
+_PARTICLE = r"(?:von|van|de|der|den|di|da|du|la|le|zu|zum|bin|al|el|ter|ten|dos|del)"
+_NAME = (
+    rf"(?:{_CAPITAL}\.[ \t]?){{0,3}}(?:{_PARTICLE}[ \t]+){{0,2}}{_NAME_WORD}"
+    rf"(?:,?[ \t]+(?:{_CAPITAL}\b\.?|(?:{_PARTICLE}[ \t]+){{0,2}}{_NAME_WORD})){{0,3}}"
+)
+_TITLE = (
+    r"(?:Mr|Mrs|Ms|Miss|Mx|Dr|DR|Drs|Prof|PROF|Professor|Doctor|Herrn?|Frau|Hr|Fr|Mme|Mlle|Monsieur|Madame|Sig|Sra?|"
+    r"Señora?|Sister|Nurse|Oberarzt|Chefarzt)\b\.?"
+)
+_ROLE = (
+    r"(?i:patient(?:'s)?[ \t]+name|name|surname|first[ \t]+name|last[ \t]+name|dictated[ \t]+by|reported[ \t]+by|"
+    r"read[ \t]+by|(?:electronically[ \t]+)?signed(?:[ \t]+by)?|interpreted[ \t]+by|reviewed[ \t]+by|approved[ \t]+by|"
+    r"verified[ \t]+by|referred[ \t]+by|performed[ \t]+by|transcribed[ \t]+by|requested[ \t]+by|"
+    r"referring(?:[ \t]+(?:physician|doctor|md))?|ordering(?:[ \t]+(?:physician|provider))?|radiologist|attending|"
+    r"discussed[ \t]+with|communicated[ \t]+(?:to|with)|called[ \t]+to|notified|nachname|vorname|befunder|zuweiser|"
+    r"unterzeichnet|gezeichnet|nom|prénom|nombre|apellidos?)"
+)
+_ID_WORD = (
+    r"(?i:mrn|medical[ \t]+record(?:[ \t]+(?:number|no\.?|nr\.?))?|(?:patient|pat\.?|study|case|order|visit|encounter|"
+    r"account|accession|acc|specimen|insurance|policy|licen[cs]e|passport|hospital|nhs|health[ \t]+card|fall|"
+    r"versicherten|auftrags?)[ \t.-]*(?:id|number|no|nr|nummer|num|#)\b\.?|ssn|accession|fallnummer|"
+    r"patientennummer|versichertennummer|dossier)|\bID|\bPID|\bFIN"
+)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A pattern whose group "it", or the whole match, is replaced where `accept` agrees."""
+
+    kind: str
+    pattern: re.Pattern[str]
+    accept: Callable[[re.Match[str]], bool] = field(default=lambda _: True)
+
+
+def _is_date(match: re.Match[str]) -> bool:
+    """Whether three numbers can be a day, a month and a year in any of the usual orders."""
+    first, second, third = (int(part) for part in re.findall(r"\d+", match[0])[:3])
+    if first > 31:  # the year comes first
+        first, second = third, second
+    return 1 <= first <= 31 and 1 <= second <= 31 and min(first, second) <= 12
+
+
+def _rule(kind: str, pattern: str, accept: Callable[[re.Match[str]], bool] | None = None) -> _Rule:
+    compiled = re.compile(pattern)
+    return _Rule(kind, compiled) if accept is None else _Rule(kind, compiled, accept)
+
+
+_RULES = (
+    _rule("EMAIL", r"\b[\w.+'-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+"),
+    _rule("URL", r"\b(?i:https?://|ftp://|file://|www\.)[^\s<>\"']+"),
+    _rule("URL", r"\b(?:\d{1,3}\.){3}\d{1,3}\b(?!\.\d)", lambda match: all(int(x) < 256 for x in match[0].split("."))),
+    _rule("ID", r"\b\d+(?:\.\d+){5,}\b"),  # DICOM's unique identifiers
+    _rule("DATE", r"\b\d{1,2}[./-]\d{1,2}[./-](?:\d{4}|\d{2})\b(?![./-]\d)", _is_date),
+    _rule("DATE", r"\b(?:19|20)\d\d[./-]\d{1,2}[./-]\d{1,2}(?:T\d\d:\d\d\S*)?\b", _is_date),
+    _rule("DATE", r"\b(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\b"),
+    _rule("DATE", r"\b(?:0?[1-9]|1[0-2])/(?:19|20)\d\d\b"),
+    _rule(
+        "DATE",
+        rf"\b(?i:on|dated|since|from|am|vom|seit|le|du)[ \t]+(?P<it>{_DAY}[./]{_DAY}\b(?![./]?\d)(?!\s*(?:cm|mm))\.?)",
+    ),
+    _rule(
+        "DATE",
+        rf"(?<![\w./]){_DAY}(?:st|nd|rd|th)?\.?[ \t-]*(?:of[ \t]+)?{_MONTH}(?:[ \t,-]*{_YEAR}\b|-\d\d\b)?",
+    ),
+    _rule("DATE", rf"\b{_MONTH}[ \t]*{_DAY}(?:st|nd|rd|th)?\b(?!\s*(?:cm|mm|%))(?:[ \t,]*{_YEAR})?"),
+    _rule("DATE", rf"\b{_MONTH}[ \t,]*{_YEAR}\b"),
+    _rule("TIME", r"\b(?:[01]?\d|2[0-3]):[0-5]\d:[0-5]\d\b"),
+    _rule("TIME", r"\b(?:[01]?\d|2[0-3])[:.][0-5]\d[ \t]*(?i:am|pm|a\.m\.|p\.m\.|uhr|hrs?|hours)(?!\w)"),
+    _rule("AGE", r"\b(?P<it>9\d|1[0-2]\d)(?=[ \t-]*(?i:years?|yrs?|y[./]?o|jahre|jährig|ans|años|anni|y)\b)"),
+    _rule("PHONE", r"(?i:\b(?:tel(?:ephone|efon)?|phone|fax|mobile|cell|pager|handy|call|ext)\b[ .:#]*"
+                   r"(?:number|no\.?|nr\.?)?[ :]*(?:at|on)?[ \t]*)(?P<it>[+(]?\d[\d ()/.-]{2,}\d)"),
+    _rule("PHONE", r"(?<![\w.])\+\d{1,3}[ ()/.-]*\d[\d ()/.-]{5,}\d"),
+    _rule("PHONE", r"(?<![\w.])\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}\b"),
+    _rule("ID", rf"(?:{_ID_WORD})[ \t]*[:#=.]*[ \t]*(?:is[ \t]+)?(?P<it>[A-Za-z]{{0,6}}[-_/]?\d[\w./-]*\b)"),
+    _rule("ID", r"(?<![\w.])[A-Z]{1,5}[-_/]?\d{5,}\w*\b"),
+    _rule("ID", r"(?<![\w.,])\d{6,}\b"),
+    _rule("ID", r"\b\d{3}[ -]\d{2}[ -]\d{4}\b"),
+    _rule("NAME", r"\b[^\W\d_][\w'’-]{0,39}\^[^\W\d_][\w'’-]{0,39}(?:\^[\w'’.-]{0,39}){0,3}"),
+    _rule("NAME", rf"\b{_TITLE}[ \t]*(?:(?:med|dent|Dr|Prof|habil|h\.c)\b\.?[ \t]*)*(?P<it>{_NAME})"),
+    _rule("NAME", rf"\b{_ROLE}[ \t]*[:\-–]?[ \t]*(?:{_TITLE}[ \t]*)*(?P<it>{_NAME})"),
+    _rule("NAME", rf"\b(?:Patient|Patientin|Pt|PATIENT|Paciente)[ \t]+(?P<it>{_NAME_WORD}[ \t]+{_NAME_WORD})"),
+    _rule("NAME", rf"\b(?i:patient(?:in)?|pat\.|pt|paciente)[ \t]*[:=][ \t]*(?:{_TITLE}[ \t]*)?(?P<it>{_NAME})"),
+    _rule(
+        "NAME",
+        rf"\b(?P<it>{_NAME_WORD}(?:[ \t]+{_CAPITAL}\.)?[ \t]+{_NAME_WORD}),?[ \t]+"
+        r"(?:MD|M\.D\.|DO|D\.O\.|PhD|Ph\.D\.|FRCR|FRCPC|RN|MBBS|DDS)(?!\w)",
+    ),
+    _rule(
+        "ADDRESS",
+        rf"\b\d{{1,5}}[A-Za-z]?[ \t]+(?:{_CAPITAL}[\w'.-]{{1,39}}[ \t]+){{1,3}}"
+        r"(?i:street|st|road|rd|avenue|ave|lane|ln|drive|boulevard|blvd|court|place|square|terrace|highway|parkway)\b\.?",
+    ),
+    _rule("ADDRESS", rf"\b{_CAPITAL}[\w-]{{0,39}}(?i:straße|strasse|str\.|weg|platz|allee|gasse|ufer)[ \t]+\d+[a-z]?\b"
+          rf"(?:,?[ \t]+\d{{4,5}}[ \t]+{_NAME_WORD})?"),
+    _rule("ADDRESS", rf"\b(?i:rue|avenue|calle|via|boulevard)[ \t]+(?:d[eu]s?[ \t]+|la[ \t]+)*{_NAME_WORD}"),
+    _rule("ADDRESS", rf"\b(?:[DAFI]|CH)-\d{{4,5}}(?:[ \t]+{_NAME_WORD})?"),
+    _rule("ADDRESS", rf"(?:{_NAME_WORD},?[ \t]+)?\b[A-Z]{{2}}[ \t]+\d{{5}}(?:-\d{{4}})?\b"),
+    _rule("ADDRESS", rf"(?:{_NAME_WORD},?[ \t]+)?\b[A-Z]{{1,2}}\d[A-Z\d]?[ \t]\d[ABD-HJLNP-UW-Z]{{2}}\b"),
+    _rule("ADDRESS", r"\b(?i:p\.?[ \t]?o\.?[ \t]?box|postfach)[ \t]+\d+"),
+    _rule(
+        "INSTITUTION",
+        rf"\b(?:(?:{_CAPITAL}[\w'’.&-]{{0,39}}|of|de|the)[ \t]+){{0,5}}"
+        rf"{_CAPITAL}[\w'’.&-]{{0,39}}[ \t]+"
+        r"(?:Hospital|Clinics?|Infirmary|Klinikum|Klinik|Krankenhaus|Spital|Hospice|Healthcare|"
+        r"(?:Medical|Imaging|Health|Cancer|Radiology)[ \t]+"
+        r"(?:Cent(?:er|re)|System|Group|Institute|Network|Trust))\b(?:[ \t]+of[ \t]+\w+)?",
+    ),
+    _rule(
+        "INSTITUTION",
+        rf"\b(?:University[ \t]+of|Universitäts(?:klinikum|klinik|spital|medizin)|Klinikum|Krankenhaus|H[oô]pital|"
+        rf"Hospital|Charit[eé]|CHU)(?:[ \t]+(?:of|de|der|am|St\.?))*[ \t]+{_NAME_WORD}(?:[ \t]+{_NAME_WORD})?",
+    ),
+)  # fmt: skip
+
+# Words that are names of some and everyday language in reports: in small letters they are left alone.
+_EVERYDAY = WORDS["everyday"]
+_NOT_NAMES = WORDS["not_names"]
+_MIN_LONE_NAME = 3  # letters; shorter parts of a name are replaced beside another part only
+_MIN_NUMBER = 4  # letters and digits; shorter numbers are in every measurement
+
+
+class TextDeidentifier:
+    """Replaces what identifies; a callable that workers can share.
+
+    Args:
+        use_presidio: also ask Presidio's pattern recognisers.
+        ner_model: name or folder of a spaCy model with persons and places, loaded through Presidio. It must be
+            installed; nothing is downloaded.
+        regions: countries whose phone numbers are known.
+
+    Raises:
+        ValueError: where Presidio or the model is missing.
+
+    Example:
+        >>> deidentify = TextDeidentifier(use_presidio=False)
+        >>> deidentify("Seen on 12.03.2021 by Dr. Miller.").text
+        'Seen on [DATE] by Dr. [NAME].'
+    """
+
+    def __init__(
+        self, use_presidio: bool = True, ner_model: str | None = None, regions: tuple[str, ...] = PHONE_REGIONS
+    ) -> None:
+        self.use_presidio = use_presidio or ner_model is not None
+        self.ner_model = ner_model
+        self.regions = regions
+        if self.use_presidio:
+            self._recognisers()
+
+    def __call__(self, text: str, identifying: Sequence[str] = ()) -> Deidentified:
+        """The text with every finding replaced by its kind.
+
+        Args:
+            text: a report or caption.
+            identifying: what is known of this patient: names, numbers, addresses, institutions, as typed anywhere.
+        """
+        text = _without_invisible(text[:MAX_CHARACTERS])
+        flowing = _without_wrapping(text)  # as long as the text: places are the same
+        spans = [*_known_spans(flowing, identifying), *_rule_spans(flowing)]
+        if self.use_presidio:
+            spans += _presidio_spans(flowing, self._recognisers())
+        if self.ner_model is not None:
+            spans += _model_spans(flowing, _model_engine(self.ner_model))
+        return _replaced(text, spans)
+
+    def _recognisers(self) -> Sequence[Any]:
+        return _presidio_recognisers(self.regions)
+
+
+@dataclass(frozen=True)
+class Deidentified:
+    """A text without what identifies, and how much of each kind was replaced."""
+
+    text: str
+    counts: Counter[str]
+
+
+def _without_invisible(text: str) -> str:
+    """The text without characters of no width, which would hide a name from every pattern."""
+    if text.isascii():
+        return text
+    import unicodedata
+
+    kept = "".join(character for character in text if unicodedata.category(character) != "Cf")
+    return unicodedata.normalize("NFC", kept).replace("\xa0", " ").replace("\u202f", " ")
+
+
+def _without_wrapping(text: str) -> str:
+    """The text with a space for each line break that only wraps a long line: names are broken there as well."""
+    return re.sub(rf"(?<=[^\n]{{{WRAPPED_LINE}}})\n(?=[^\s])", " ", text)
+
+
+def _rule_spans(text: str) -> Iterator[Span]:
+    for rule in _RULES:
+        for match in rule.pattern.finditer(text):
+            if rule.accept(match):
+                start, end = match.span("it") if "it" in rule.pattern.groupindex else match.span()
+                yield start, end, rule.kind
+
+
+def _known_spans(text: str, identifying: Sequence[str]) -> Iterator[Span]:
+    """Where the text names what is known of the patient."""
+    if not identifying:
+        return
+    plain, places = fold_with_places(text)
+    for value in identifying:
+        if re.search(r"\d", value):
+            spans = _spans_of_number(plain, value)
+        else:
+            spans = _spans_of_name(plain, text, places, value)
+        for start, end, kind in spans:
+            yield places[start], places[end - 1] + 1, kind
+
+
+def _spans_of_number(plain: str, value: str) -> Iterator[Span]:
+    """Places of a number or address, whatever separates its characters."""
+    digits = compact(value)
+    for form in {digits, digits.lstrip("0")}:
+        if len(form) >= _MIN_NUMBER:
+            pattern = r"[\s\-_/.,:]{0,2}".join(map(re.escape, form))
+            for match in re.finditer(rf"(?<![^\W_]){pattern}(?![^\W_])", plain):
+                yield match.start(), match.end(), "ID"
+
+
+def _spans_of_name(plain: str, text: str, places: list[int], value: str) -> Iterator[Span]:
+    """Places of the parts of a name: long ones anywhere, short and everyday ones beside another part."""
+    parts = [part for part in name_parts(value) if folded(part) not in _NOT_NAMES]
+    words = {spelling for part in parts for spelling in spellings(part)} | {folded(part) for part in parts}
+    if not words:
+        return
+    word = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    pattern = rf"(?<![^\W_])(?:{word})(?:[\s,.^'’_-]{{1,3}}(?:{word}))*(?![^\W_])"
+    for match in re.finditer(pattern, plain):
+        start, end = match.span()
+        original = text[places[start] : places[end - 1] + 1]
+        is_lone = match[0] in words
+        if is_lone and (len(match[0]) < _MIN_LONE_NAME or (match[0] in _EVERYDAY and original.islower())):
+            continue
+        yield start, end, "NAME"
+
+
+def _replaced(text: str, spans: Sequence[Span]) -> Deidentified:
+    """The text with the union of overlapping spans replaced once, by the kind of the longest."""
+    counts: Counter[str] = Counter()
+    pieces: list[str] = []
+    end_of_last = 0
+    for start, end, kind in _merged(spans):
+        counts[kind] += 1
+        pieces += [text[end_of_last:start], f"[{kind}]"]
+        end_of_last = end
+    pieces.append(text[end_of_last:])
+    return Deidentified("".join(pieces), counts)
+
+
+def _merged(spans: Sequence[Span]) -> list[Span]:
+    merged: list[tuple[int, int, str, int]] = []
+    for start, end, kind in sorted(spans, key=lambda span: (span[0], -span[1])):
+        if merged and start < merged[-1][1]:
+            last_start, last_end, last_kind, longest = merged[-1]
+            if end - start > longest:
+                last_kind, longest = kind, end - start
+            merged[-1] = (last_start, max(last_end, end), last_kind, longest)
+        elif end > start:
+            merged.append((start, end, kind, end - start))
+    return [span[:3] for span in merged]
+
+
+# --- Presidio ---------------------------------------------------------------------------------------------------------
+
+_PRESIDIO_KINDS = {
+    "PHONE_NUMBER": "PHONE",
+    "CREDIT_CARD": "ID",
+    "IBAN_CODE": "ID",
+    "US_SSN": "ID",
+    "US_MBI": "ID",
+    "UK_NHS": "ID",
+    "UK_NINO": "ID",
+    "MEDICAL_LICENSE": "ID",
+    "MAC_ADDRESS": "ID",
+    "IP_ADDRESS": "URL",
+    "PERSON": "NAME",
+    "LOCATION": "ADDRESS",
+    "ORGANIZATION": "INSTITUTION",
+    "DATE_TIME": "DATE",
+}
+_MIN_SCORE = 0.4
+_MANY_DIGITS = re.compile(r"[\dA-Za-z](?:[ ()/.+:-]{0,3}[\dA-Fa-f]){5}")  # without them no recogniser finds anything
+
+
+@functools.cache
+def _presidio_recognisers(regions: tuple[str, ...]) -> tuple[Any, ...]:
+    """Those that need neither a model nor the network (the one for e-mail addresses asks it for a list of domains)."""
+    try:
+        from presidio_analyzer import predefined_recognizers as recognisers
+    except ImportError as error:
+        raise ValueError(
+            "texts are de-identified with the help of Presidio: pip install 'medclip-hf[hospital]'. Without it, rules "
+            "and the names of table and headers alone are used when you ask for that (--without-presidio)."
+        ) from error
+    logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)
+    return (
+        recognisers.PhoneRecognizer(supported_regions=regions),
+        recognisers.CreditCardRecognizer(),
+        recognisers.IbanRecognizer(),
+        recognisers.UsSsnRecognizer(),
+        recognisers.UsMbiRecognizer(),
+        recognisers.NhsRecognizer(),
+        recognisers.UkNinoRecognizer(),
+        recognisers.MedicalLicenseRecognizer(),
+        recognisers.MacAddressRecognizer(),
+        recognisers.IpRecognizer(),
+    )
+
+
+def _presidio_spans(text: str, recognisers: Sequence[Any]) -> list[Span]:
+    spans = []
+    for recogniser in recognisers if _MANY_DIGITS.search(text) else ():
+        for result in recogniser.analyze(text, recogniser.supported_entities, None):
+            if result.score >= _MIN_SCORE:
+                spans.append((result.start, result.end, _PRESIDIO_KINDS[result.entity_type]))
+    return spans
+
+
+@functools.cache
+def _model_engine(ner_model: str) -> Any:
+    """Presidio with a spaCy model that is installed."""
+    try:
+        import spacy
+        from presidio_analyzer import AnalyzerEngine, RecognizerRegistry
+        from presidio_analyzer.nlp_engine import SpacyNlpEngine
+        from presidio_analyzer.predefined_recognizers import SpacyRecognizer
+
+        nlp = spacy.load(ner_model)
+    except (ImportError, OSError) as error:
+        raise ValueError(
+            f"the language model {ner_model!r} is not installed. Install it first; nothing is downloaded from here."
+        ) from error
+
+    language = str(nlp.lang)
+
+    class LoadedEngine(SpacyNlpEngine):
+        """An engine of a model in memory: Presidio's own would offer to download it."""
+
+        def __init__(self) -> None:
+            super().__init__(models=[{"lang_code": language, "model_name": ner_model}])
+            self.nlp: Any = {language: nlp}
+
+        def load(self) -> None:
+            """Nothing to do: the model is in memory."""
+
+    registry = RecognizerRegistry(
+        recognizers=[SpacyRecognizer(supported_language=language)], supported_languages=[language]
+    )
+    return AnalyzerEngine(registry=registry, nlp_engine=LoadedEngine(), supported_languages=[language])
+
+
+def _model_spans(text: str, engine: Any) -> list[Span]:
+    language = engine.supported_languages[0]
+    results = engine.analyze(text, language, entities=["PERSON", "LOCATION"], score_threshold=_MIN_SCORE)
+    return [(result.start, result.end, _PRESIDIO_KINDS[result.entity_type]) for result in results]

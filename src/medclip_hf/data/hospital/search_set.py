@@ -1,0 +1,241 @@
+"""What must not leave: identifiers of table and headers as keyed hashes, and the search for them in any text.
+
+The set can be kept and used on another machine without the table. Its hashes need the key of the data set: numbers of
+patients are few, and a plain hash of each could be tried.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from hashlib import blake2b
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from medclip_hf.data.hospital.folding import WORDS, compact, fold_with_places, folded, name_parts, spellings
+from medclip_hf.data.hospital.pseudonyms import Pseudonyms
+from medclip_hf.data.parquet import write_text_atomically
+
+FORMAT_VERSION = 1
+MIN_NUMBER = 4  # letters and digits
+MIN_PLAIN_NUMBER = 6  # digits of a number without letters; shorter ones are searched for as a whole value alone
+MIN_NAME_PART = 4
+MAX_JOINED = 16  # pieces that a number may be written in; DICOM's unique identifiers have a dozen
+_MAX_NAME_PARTS = 8
+_HASH_BYTES = 12
+_SHORT_VALUE = 100  # characters of a text that may be nothing but a number
+
+_TOKEN = re.compile(r"[^\W_]+")
+_DATE_LIKE = re.compile(
+    r"(?<!\d)(?:(?P<y>(?:19|20)\d\d)([-./ ]?)(?P<m>\d{1,2})\2(?P<d>\d{1,2})"
+    r"|(?P<a>\d{1,2})([-./ ])(?P<b>\d{1,2})\6(?P<c>(?:19|20)\d\d))(?!\d)"
+)
+_NAMED_DATE = re.compile(
+    r"(?<![^\W_])(?:(?P<d1>\d{1,2})(?:st|nd|rd|th)?[ .-]{1,2}(?P<m1>[a-z]{3,9})"
+    r"|(?P<m2>[a-z]{3,9})[ .]{1,2}(?P<d2>\d{1,2})(?:st|nd|rd|th)?)[ ,.-]{1,2}(?P<y>(?:19|20)\d\d)(?!\d)"
+)
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An identifier found: where it begins (in characters) and of what kind it is; never what it says."""
+
+    place: int
+    kind: str
+
+
+@dataclass
+class SearchSet:
+    """Hashed identifiers.
+
+    Args:
+        pseudonyms: of the key that hashes them.
+        hashes: of all forms.
+        num_values: how many identifiers were added.
+        num_too_short: how many of them are so short that they would be found everywhere, and are not searched for.
+    """
+
+    pseudonyms: Pseudonyms
+    hashes: set[bytes] = field(default_factory=set, repr=False)
+    num_values: int = 0
+    num_too_short: int = 0
+    _lengths: set[int] = field(default_factory=set, repr=False)
+    _known: dict[str, bool] = field(default_factory=dict, repr=False)
+
+    def add(self, values: Iterable[str]) -> None:
+        """Add identifiers as they stand in a cell or header element."""
+        for value in values:
+            forms = list(_forms(value))
+            self.num_values += bool(compact(value))
+            self.num_too_short += bool(compact(value)) and not forms
+            for form in forms:
+                self.hashes.add(self._hash(form))
+                self._lengths.add(len(form))
+
+    def merge(self, hashes: Iterable[bytes], lengths: Iterable[int]) -> None:
+        """Add what another set of the same key holds."""
+        self.hashes.update(hashes)
+        self._lengths.update(lengths)
+
+    def lengths(self) -> list[int]:
+        """Of the forms, which spares most look-ups."""
+        return sorted(self._lengths)
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def search(self, text: str, *, with_name_parts: bool = True) -> Iterator[Hit]:
+        """Every identifier in a text, as far as it is written with the same letters and digits.
+
+        Found are numbers however they are separated, dates in the usual forms, two parts of a name side by side in
+        either order, and single parts of names of 4 letters or more.
+
+        Args:
+            text: any.
+            with_name_parts: whether single parts count; in a tokenizer's list of words every common name stands.
+        """
+        plain, places = fold_with_places(text)
+        if len(text) < _SHORT_VALUE and self._has("value", compact(text)):
+            yield Hit(0, "identifier")
+        yield from (Hit(places[place], "date") for place in self._dates(plain))
+        tokens = list(_TOKEN.finditer(plain))
+        for number, token in enumerate(tokens):
+            word = token[0]
+            if self._is_number_at(plain, tokens, number):
+                yield Hit(places[token.start()], "identifier")
+            if word.isdigit():
+                continue
+            following = tokens[number + 1] if number + 1 < len(tokens) else None
+            if following is not None and following.start() - token.end() <= 3:
+                pair = " ".join(sorted((word, following[0])))
+                if self._has("name", pair):
+                    yield Hit(places[token.start()], "name")
+            if with_name_parts and len(word) >= MIN_NAME_PART and self._has("part", word):
+                yield Hit(places[token.start()], "part of a name")
+
+    def _is_number_at(self, plain: str, tokens: list[re.Match[str]], number: int) -> bool:
+        """Whether an identifier with digits begins at a token, in one piece or several."""
+        joined = ""
+        start = tokens[number].start()
+        if start >= 2 and plain[start - 1] == "." and plain[start - 2].isdigit() and tokens[number][0].isdigit():
+            return False  # digits behind a decimal point, of which logs and configurations are full
+        for place in range(number, min(number + MAX_JOINED, len(tokens))):
+            if place > number:
+                between = plain[tokens[place - 1].end() : tokens[place].start()]
+                if len(between) > 2 or "\n" in between or '"' in between:
+                    return False
+            joined += tokens[place][0]
+            if any(map(str.isdigit, joined)) and self._has("number", joined):
+                return True
+        return False
+
+    def _dates(self, plain: str) -> Iterator[int]:
+        for match in (*_DATE_LIKE.finditer(plain), *_NAMED_DATE.finditer(plain)):
+            if any(self._has("date", day.isoformat()) for day in _days(match)):
+                yield match.start()
+
+    def _has(self, kind: str, form: str) -> bool:
+        tagged = f"{kind}\x1f{form}"
+        if len(tagged) not in self._lengths:
+            return False
+        known = self._known.get(tagged)
+        if known is None:
+            if len(self._known) > 1_000_000:
+                self._known.clear()
+            known = self._known[tagged] = self._hash(tagged) in self.hashes
+        return known
+
+    def _hash(self, form: str) -> bytes:
+        return blake2b(form.encode("utf-8", "replace"), key=self.pseudonyms.key, digest_size=_HASH_BYTES).digest()
+
+    def save(self, path: Path) -> None:
+        """Write the set, mode 0600."""
+        values = {
+            "format_version": FORMAT_VERSION,
+            "key_check": self.pseudonyms.key_check,
+            "num_values": self.num_values,
+            "num_too_short": self.num_too_short,
+            "lengths": self.lengths(),
+            "hashes": sorted(value.hex() for value in self.hashes),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        old = os.umask(0o077)
+        try:
+            write_text_atomically(path, json.dumps(values) + "\n")
+        finally:
+            os.umask(old)
+
+    @classmethod
+    def load(cls, path: Path, pseudonyms: Pseudonyms) -> SearchSet:
+        """The set that `save` wrote.
+
+        Raises:
+            ValueError: another key, another version, or no such file.
+        """
+        try:
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if values["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"{path} has version {values['format_version']}, this code reads {FORMAT_VERSION}")
+            if values["key_check"] != pseudonyms.key_check:
+                raise ValueError(
+                    f"{path} was made with another key: nothing would be found. Name the key it belongs to."
+                )
+            hashes = {bytes.fromhex(value) for value in values["hashes"]}
+            counts = (int(values["num_values"]), int(values["num_too_short"]))
+            return cls(pseudonyms, hashes, *counts, set(values["lengths"]))
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} is no search set of scripts/prepare_hospital.py ({type(error).__name__})"
+            ) from error
+
+
+def _forms(value: str) -> Iterator[str]:
+    """The spellings by which an identifier is found, each tagged by its kind."""
+    plain = folded(value).strip()
+    whole = compact(value)
+    dates = [day for match in (*_DATE_LIKE.finditer(plain), *_NAMED_DATE.finditer(plain)) for day in _days(match)]
+    if dates:
+        yield from {f"date\x1f{day.isoformat()}" for day in dates}
+        return
+    if any(map(str.isdigit, whole)):
+        for form in {whole, whole.lstrip("0")}:
+            if len(form) >= (MIN_PLAIN_NUMBER if form.isdigit() else MIN_NUMBER):
+                yield f"number\x1f{form}"
+            elif len(form) >= MIN_NUMBER:
+                yield f"value\x1f{form}"
+        return
+    parts = [part for part in name_parts(value) if folded(part) not in WORDS["not_names"]]
+    forms = [spellings(part) for part in parts[:_MAX_NAME_PARTS]]
+    for first, second in combinations(forms, 2):
+        if first <= WORDS["everyday"] and second <= WORDS["everyday"]:  # "University Hospital" names nobody
+            continue
+        yield from (f"name\x1f{' '.join(sorted((one, other)))}" for one in first for other in second)
+    for part in (spelling for spelling_set in forms for spelling in spelling_set):
+        if len(part) >= MIN_NAME_PART and part not in WORDS["everyday"]:
+            yield f"part\x1f{part}"
+
+
+def _days(match: re.Match[str]) -> list[date]:
+    """The dates that a match can mean: 03/04/2020 is two."""
+    found = match.groupdict()
+    if "m1" in found:
+        name = (found["m1"] or found["m2"])[:3]
+        month = str(_MONTHS.index(name) + 1 if name in _MONTHS else 0)
+        orders = [(found["y"], month, found["d1"] or found["d2"])]
+    elif found["y"]:
+        orders = [(found["y"], found["m"], found["d"])]
+    else:
+        orders = [(found["c"], found["a"], found["b"]), (found["c"], found["b"], found["a"])]
+    days = []
+    for year, month, day in orders:
+        try:
+            days.append(date(int(year), int(month), int(day)))
+        except ValueError:
+            continue
+    return days
