@@ -77,6 +77,12 @@ def test_texts_can_neither_break_the_table_nor_bring_html_nor_headings():
     assert r"| note \| a | &lt;script&gt;x&lt;/script&gt; \# heading |" in text
 
 
+def test_a_path_whose_folders_hold_spaces_is_cut_as_a_setting():
+    text = model_card(facts(training={"started from": r"C:\Users\Jane Doe\models\base"}))
+    assert "Jane" not in text
+    assert "| started from | base |" in text
+
+
 @pytest.mark.parametrize("path", ["/home/jane/models/base", r"C:\Users\jane\models\base", "~/models/base"])
 def test_of_a_path_only_the_last_part_is_published(path):
     text = model_card(facts(training={"started from": path}, summary=f"See {path} and https://example.org/a/b."))

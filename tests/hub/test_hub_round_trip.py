@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import BertTokenizer
@@ -20,7 +21,7 @@ from medclip_hf.hub.push import push_folder, push_pretrained
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "chest", "left", "effusion", "a", "."]
 TEXTS = ["left chest effusion.", "a chest."]
-REPOSITORY = "clinic/figures"
+REPOSITORY, ADAPTER = "clinic/figures", "clinic/figures-adapter"
 
 # Runs in a process of its own, with the Hub and the cache that its environment names.
 STRANGER = f"""
@@ -49,8 +50,11 @@ with torch.no_grad():
         **AutoProcessor.from_pretrained(folder, trust_remote_code=True)(images=image, text={TEXTS!r})
     ).logits_per_image
 assert torch.equal(by_name, by_folder)
+with torch.no_grad():
+    adapted = AutoModel.from_pretrained({ADAPTER!r}, trust_remote_code=True).eval()
+    by_adapter = adapted(**processor(images=image, text={TEXTS!r})).logits_per_image
 assert "medclip_hf" not in sys.modules
-save_file({{"logits": by_name}}, result)
+save_file({{"logits": by_name, "adapted": by_adapter}}, result)
 """
 
 
@@ -93,6 +97,17 @@ def run_elsewhere(folder, code, *arguments, **environment):
     )
 
 
+def push_adapter_of(model, inputs, api):
+    """Scores of the model with a random adapter, which is pushed with the name of its base."""
+    settings = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, settings).eval()
+    adapted.peft_config["default"].base_model_name_or_path = REPOSITORY
+    pushed = push_pretrained([adapted], ADAPTER, api=api)
+    assert set(pushed.files) == {"adapter_config.json", "adapter_model.safetensors"}
+    with torch.no_grad():
+        return adapted(**inputs).logits_per_image
+
+
 def test_it_loads_by_name_without_the_package_from_a_mirror_pinned_and_offline(
     hub, hub_server, tiny, tmp_path, monkeypatch
 ):
@@ -105,6 +120,7 @@ def test_it_loads_by_name_without_the_package_from_a_mirror_pinned_and_offline(
     with torch.no_grad():
         model.logit_bias.add_(1)
     push_pretrained([model, processor], REPOSITORY, api=api)  # the branch moves on, the commit stays
+    adapted_logits = push_adapter_of(model, processor(images=image, text=TEXTS), api)
 
     mirror = hub_server.HubServer()
     mirror.repositories = hub.repositories
@@ -117,6 +133,7 @@ def test_it_loads_by_name_without_the_package_from_a_mirror_pinned_and_offline(
         mirror.close()
     assert child.returncode == 0, child.stderr
     assert torch.equal(load_file(result)["logits"], logits)
+    torch.testing.assert_close(load_file(result)["adapted"], adapted_logits)
 
     result.unlink()
     child = run_elsewhere(tmp_path, STRANGER, *arguments, HF_ENDPOINT=mirror.url, HF_HUB_OFFLINE="1")

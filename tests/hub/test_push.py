@@ -232,6 +232,10 @@ def test_a_link_out_of_the_folder_is_refused(hub, api, folder, tmp_path):
     (folder / "rows.csv").symlink_to(tmp_path / "patients.csv")
     with pytest.raises(ValueError, match=r"rows\.csv is a link"):
         push_folder(folder, REPOSITORY, api=api)
+    (folder / "rows.csv").unlink()
+    (folder / "more").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(ValueError, match="more is a link"):
+        push_folder(folder, REPOSITORY, api=api)
     assert hub.requests == []
 
 

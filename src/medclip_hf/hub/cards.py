@@ -251,10 +251,13 @@ def _bullets(texts: tuple[str, ...]) -> str:
     return "\n".join(f"- {_plain(text)}" for text in texts)
 
 
-_FOLDERS_OF_A_PATH = re.compile(r"(?<![\w/:.])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\|]+[/\\])+")
+_PATH = re.compile(r"(?:~|[A-Za-z]:)?[/\\].*[/\\]")
+_PATH_IN_A_TEXT = re.compile(r"(?<![\w/:.])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\|]+[/\\])+")
 
 
 def _plain(text: str) -> str:
     """One line that Markdown and the HTML inside it leave alone, without folders of somebody's disk."""
-    without_folders = _FOLDERS_OF_A_PATH.sub("", " ".join(text.split()))
+    line = " ".join(text.split())
+    is_path = _PATH.match(line)  # as a whole, so that names of folders may hold spaces
+    without_folders = line[is_path.end() :] if is_path else _PATH_IN_A_TEXT.sub("", line)
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(without_folders, quote=False))

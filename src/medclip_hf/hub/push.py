@@ -154,11 +154,14 @@ def files_to_push(folder: str | Path, repo_type: RepoType = "model") -> dict[str
     sent = PUBLISHED_FILES if repo_type == "dataset" else ["*"]
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_dir() or _stays_behind(name) or not any(fnmatch(name, pattern) for pattern in sent):
+        if _stays_behind(name):
             continue
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{name} is a link to a file outside of {folder}. Put a copy in its place, or remove it.")
-        files[name] = path
+        if path.is_symlink() and (path.is_dir() or not path.resolve().is_relative_to(folder.resolve())):
+            raise ValueError(
+                f"{name} is a link out of {folder}, or to a folder. Put a copy in its place, or remove it."
+            )
+        if path.is_file() and any(fnmatch(name, pattern) for pattern in sent):
+            files[name] = path
     if refused := [name for name in files if any(fnmatch(name.lower(), pattern) for pattern in REFUSED_FILES)]:
         raise ValueError(
             f"{refused} can run code when read, or are the state of a run. Remove them: weights are pushed as "
@@ -239,8 +242,8 @@ def _push_once(
     return Pushed(repo_id, commit.oid, url, tuple(files), tuple(removed))
 
 
-def _find_or_create(api: HfApi, repo_id: str, repo_type: RepoType, private: bool) -> tuple[str, bool]:
-    """The repository's newest commit, and whether the repository was made just now."""
+def _find_or_create(api: HfApi, repo_id: str, repo_type: RepoType, private: bool) -> tuple[str | None, bool]:
+    """The repository's newest commit (None: a mirror does not tell), and whether the repository was made just now."""
     try:
         info = api.repo_info(repo_id, repo_type=repo_type)
     except GatedRepoError:
@@ -249,13 +252,13 @@ def _find_or_create(api: HfApi, repo_id: str, repo_type: RepoType, private: bool
         api.create_repo(
             repo_id, repo_type=repo_type, private=private, space_sdk="gradio" if repo_type == "space" else None
         )
-        return str(api.repo_info(repo_id, repo_type=repo_type).sha), True
+        return api.repo_info(repo_id, repo_type=repo_type).sha, True
     if private and not info.private:
         raise HubError(
             f"{repo_id} is public, and pushing to it publishes the files. Say so with private=False, or push to "
             "another repository."
         )
-    return str(info.sha), False
+    return info.sha, False
 
 
 def _outdated(there: Sequence[str], files: dict[str, Path], repo_type: RepoType) -> list[str]:
@@ -269,7 +272,7 @@ def _outdated(there: Sequence[str], files: dict[str, Path], repo_type: RepoType)
     return sorted(removed)
 
 
-def _take_back(api: HfApi, repo_id: str, repo_type: RepoType, first_commit: str) -> None:
+def _take_back(api: HfApi, repo_id: str, repo_type: RepoType, first_commit: str | None) -> None:
     """Remove the repository that was made for a push that failed, unless something came to be in it."""
     try:
         with hub_errors(repo_id, api.endpoint):
