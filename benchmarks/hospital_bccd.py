@@ -2,10 +2,10 @@ r"""LoRA, DoRA and a linear probe against full fine-tuning, on real images: cell
 
     python benchmarks/hospital_bccd.py --data bccd --model demo_output/conceptclip/stage2/final --output /tmp/bccd
 
-Windows are cut from the official training, validation and test photographs; the labels say which kinds of cells a window
-holds (by its boxes). BCCD does not name patients: a photograph stands for one, in the splits and in the intervals. All
-methods start from the same small ConceptCLIP, see the same rows, keep their best validation and are measured by
-scripts/evaluate_finetuned.py on the same test windows; the base itself is asked with prompts.
+Windows are cut from the official training, validation and test photographs; the labels say which kinds of cells a
+window holds (by its boxes). BCCD does not name patients: a photograph stands for one, in the splits and in the
+intervals. All methods start from the same small ConceptCLIP, see the same rows, keep their best validation and are
+measured by scripts/evaluate_finetuned.py on the same test windows; the base itself is asked with prompts.
 """
 
 import argparse

@@ -24,6 +24,7 @@ import yaml
 from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
+from transformers.utils.logging import disable_progress_bar
 
 import medclip_hf  # noqa: F401 - makes the Auto classes know the models
 from medclip_hf.data.ct.geometry import UnusableScan
@@ -110,6 +111,7 @@ def main(command_line: list[str] | None = None) -> int:
     options = parse_command_line(command_line)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
+        disable_progress_bar()  # of transformers
         require_writable(options.output)
         loaded = load(options)
         evaluation = evaluate(loaded, options)
@@ -271,7 +273,7 @@ def predict_scans(loaded: Loaded, split: str, options: argparse.Namespace) -> Pr
     )
     asked = embed_prompts(loaded) if loaded.prompts is not None else None
     logits, kept = [], []
-    for place, row in enumerate(tqdm(dataset.first_scans(), desc=split, mininterval=1.0)):
+    for place, row in enumerate(tqdm(dataset.first_scans(), desc=split, disable=None)):
         try:
             image, mask = dataset.read_whole(row)
         except UnusableScan as error:

@@ -367,7 +367,7 @@ def run_over_rows(
         batch_size: rows at a time.
         device: of the model.
         num_workers: reading processes.
-        description: of a progress bar; None: no bar.
+        description: of a progress bar, on a terminal; None: no bar.
 
     Raises:
         ValueError: not one row could be read.
@@ -384,7 +384,7 @@ def run_over_rows(
     )
     rows: list[int] = []
     values: list[Tensor] = []
-    for batch in tqdm(loader, desc=description, disable=description is None, mininterval=1.0):
+    for batch in tqdm(loader, desc=description, disable=True if description is None else None):
         if batch["row_ids"]:
             rows += [place[row_id] for row_id in batch["row_ids"]]
             values.append(forward({name: _moved(value, device) for name, value in batch.items()}).float())

@@ -181,9 +181,8 @@ def add_adapter(model: Any, settings: AdapterSettings, base_name: str) -> PeftMo
         modules_to_save=[HEAD] if hasattr(model, HEAD) else None,
         base_model_name_or_path=base_name,
     )
-    adapted = get_peft_model(model, config)
-    config.base_model_name_or_path = base_name  # get_peft_model puts the path there from which the model was loaded
-    return adapted
+    model.name_or_path = base_name  # PEFT prefers it to the name in the config
+    return get_peft_model(model, config)
 
 
 def fingerprint(model: nn.Module) -> str:
