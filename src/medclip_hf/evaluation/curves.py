@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import csr_array
 
 from medclip_hf.evaluation.intervals import Floats, bootstrap_weights
 
@@ -16,7 +17,10 @@ _SLACK = 1e-9  # so that a specificity of 0.9 on 10 negatives allows one of them
 
 
 class RankedClass:
-    """The samples of one class from the highest score to the lowest; equal scores are one step of the curve.
+    """The samples of one class from the highest score to the lowest, in steps of its curves.
+
+    Equal scores are one step. So are neighbouring scores that only negatives have: between them no curve bends, and a
+    resample of a rare class then costs little more than reading its weights.
 
     Args:
         scores: (N,), finite where known.
@@ -26,43 +30,40 @@ class RankedClass:
 
     def __init__(self, scores: Floats, labels: NDArray[np.bool_], known: NDArray[np.bool_] | None = None) -> None:
         rows = np.arange(len(scores)) if known is None else np.flatnonzero(known)
-        self.order = rows[np.argsort(-scores[rows], kind="stable")]
-        ordered = scores[self.order]
-        self.is_positive = labels[self.order].astype(np.float64)
-        self.ends = np.flatnonzero(np.append(ordered[1:] < ordered[:-1], True))
-        self.thresholds = ordered[self.ends]
-        self._has_ties = len(self.ends) < len(ordered)
+        order = rows[np.argsort(-scores[rows], kind="stable")]
+        ordered = scores[order]
+        score_of = np.cumsum(np.append(False, ordered[1:] < ordered[:-1]))  # which distinct score, from the highest
+        holds_positive = np.bincount(score_of, weights=labels[order]) > 0
+        step_of_score = np.cumsum(np.append(True, holds_positive[1:] | holds_positive[:-1])) - 1
+        steps = step_of_score[score_of]
+        sides = (labels[order], ~labels[order])
+        self._members = [
+            csr_array((np.ones(side.sum()), (steps[side], order[side])), shape=(steps[-1] + 1, len(scores)))
+            for side in sides
+        ]
 
     def counts(self, weights: Floats) -> tuple[Floats, Floats]:
-        """Weight of positives and of negatives (R, steps) with a score at or above each distinct score.
+        """Weight of positives and of negatives (steps, R) at or above the lowest score of each step.
 
         Args:
-            weights: (R, N).
+            weights: (N, R): a column a resample, which lets a step be a row of the sum.
         """
-        ordered = np.take(weights, self.order, axis=1)
-        total = np.cumsum(ordered, axis=1)
-        ordered *= self.is_positive
-        positive = np.cumsum(ordered, axis=1, out=ordered)
-        if self._has_ties:
-            total, positive = total[:, self.ends], positive[:, self.ends]
-        total -= positive
-        return positive, total
+        positive, negative = (np.asarray(members @ weights) for members in self._members)
+        return np.cumsum(positive, axis=0, out=positive), np.cumsum(negative, axis=0, out=negative)
 
 
 def area_under_roc(positive: Floats, negative: Floats) -> Floats:
     """Areas (R,) under the ROC curves, ties counting one half; NaN where a side has no weight.
 
     Args:
-        positive: (R, steps), as `RankedClass.counts` gives it.
+        positive: (steps, R), as `RankedClass.counts` gives it.
         negative: the same of the negatives.
     """
     # Σ Δnegative · (positive + positive before) / 2: the trapezoids
     doubled = positive.copy()
-    doubled[:, 1:] += positive[:, :-1]
-    steps = negative.copy()
-    steps[:, 1:] -= negative[:, :-1]
-    area = 0.5 * np.einsum("rs,rs->r", doubled, steps)
-    return _ratio(area, positive[:, -1] * negative[:, -1])
+    doubled[1:] += positive[:-1]
+    area = 0.5 * np.einsum("sr,sr->r", doubled, _gains(negative))
+    return _ratio(area, positive[-1] * negative[-1])
 
 
 def average_precision(positive: Floats, negative: Floats) -> Floats:
@@ -70,12 +71,10 @@ def average_precision(positive: Floats, negative: Floats) -> Floats:
 
     This is scikit-learn's `average_precision_score`. NaN where there are no positives or no negatives.
     """
-    gains = positive.copy()
-    gains[:, 1:] -= positive[:, :-1]
     total = positive + negative
     precision = np.divide(positive, total, out=np.zeros_like(total), where=total > 0)
-    area = _ratio(np.einsum("rs,rs->r", gains, precision), positive[:, -1])
-    area[negative[:, -1] == 0] = np.nan
+    area = _ratio(np.einsum("sr,sr->r", _gains(positive), precision), positive[-1])
+    area[negative[-1] == 0] = np.nan
     return area
 
 
@@ -85,11 +84,11 @@ def sensitivity_at_specificity(positive: Floats, negative: Floats, specificity: 
     "Score ≥ threshold" is called positive; there is no interpolation between thresholds, and none at all may be met
     (sensitivity 0).
     """
-    allowed = (1.0 - specificity + _SLACK) * negative[:, -1:]
-    steps = (negative <= allowed).sum(axis=1)  # the curve never turns back, so these are its first steps
-    reached = np.take_along_axis(positive, np.maximum(steps - 1, 0)[:, None], axis=1)[:, 0]
-    sensitivity = _ratio(np.where(steps > 0, reached, 0.0), positive[:, -1])
-    sensitivity[negative[:, -1] == 0] = np.nan
+    allowed = (1.0 - specificity + _SLACK) * negative[-1]
+    steps = (negative <= allowed).sum(axis=0)  # the curve never turns back, so these are its first steps
+    reached = np.take_along_axis(positive, np.maximum(steps - 1, 0)[None], axis=0)[0]
+    sensitivity = _ratio(np.where(steps > 0, reached, 0.0), positive[-1])
+    sensitivity[negative[-1] == 0] = np.nan
     return sensitivity
 
 
@@ -111,10 +110,10 @@ def threshold_at_specificity(scores: ArrayLike, labels: ArrayLike, specificity: 
         raise ValueError(f"specificity must lie in (0, 1], got {specificity}")
     if truth.all():
         raise ValueError("a threshold for a specificity needs negative samples, and there are none")
-    ranked = RankedClass(values, truth)
-    _, negative = ranked.counts(np.ones((1, len(values))))
-    steps = int((negative[0] <= (1.0 - specificity + _SLACK) * negative[0, -1]).sum())
-    return float(ranked.thresholds[steps - 1]) if steps else float("inf")
+    thresholds, place = np.unique(-values, return_inverse=True)
+    called = np.cumsum(np.bincount(place, weights=~truth))  # negatives at or above each distinct score
+    steps = int((called <= (1.0 - specificity + _SLACK) * called[-1]).sum())
+    return float(-thresholds[steps - 1]) if steps else float("inf")
 
 
 @dataclass(frozen=True)
@@ -185,9 +184,10 @@ def _band(
     if not truth.any() or truth.all():
         return None
     ranked = RankedClass(values, truth)
-    curve = _on_grid(on_grid, ranked, np.ones((1, len(values))))[0]
+    curve = _on_grid(on_grid, ranked, np.ones((len(values), 1)))[0]
     blocks = [
-        _on_grid(on_grid, ranked, weights) for weights in bootstrap_weights(len(values), groups, num_resamples, seed)
+        _on_grid(on_grid, ranked, np.ascontiguousarray(weights.T))
+        for weights in bootstrap_weights(len(values), groups, num_resamples, seed)
     ]
     drawn = np.concatenate(blocks) if blocks else curve[None]
     if not len(drawn):
@@ -198,7 +198,7 @@ def _band(
 
 
 def _on_grid(on_grid: Callable[[Floats, Floats], Floats], ranked: RankedClass, weights: Floats) -> Floats:
-    pairs = zip(*ranked.counts(weights), strict=True)
+    pairs = zip(*(counts.T for counts in ranked.counts(weights)), strict=True)
     curves = [on_grid(positive, negative) for positive, negative in pairs if positive[-1] and negative[-1]]
     return np.stack(curves) if curves else np.zeros((0, len(_GRID)))
 
@@ -218,6 +218,13 @@ def _precision_on_grid(positive: Floats, negative: Floats) -> Floats:
     """Precision at each recall of the grid: that of the first threshold reaching it."""
     steps = np.searchsorted(positive / positive[-1], np.maximum(_GRID - _SLACK, _SLACK), side="left")
     return positive[steps] / (positive[steps] + negative[steps])
+
+
+def _gains(running: Floats) -> Floats:
+    """What each step adds to a running sum."""
+    gains = running.copy()
+    gains[1:] -= running[:-1]
+    return gains
 
 
 def _ratio(above: Floats, below: Floats) -> Floats:

@@ -101,8 +101,9 @@ def auroc_per_class(
     ranked = {k: RankedClass(values[:, k], truth[:, k]) for k in defined}
     first = 0
     for weights in bootstrap_weights(len(values), groups, num_resamples, seed):
+        by_sample = np.ascontiguousarray(weights.T)
         for k in defined:
-            resampled[k, first : first + len(weights)] = area_under_roc(*ranked[k].counts(weights))
+            resampled[k, first : first + len(weights)] = area_under_roc(*ranked[k].counts(by_sample))
         first += len(weights)
     known = [point for point in points if point is not None]
     macro = float(np.mean(known)) if known else None

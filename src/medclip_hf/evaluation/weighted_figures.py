@@ -145,8 +145,9 @@ class _Ranking:
 
     def figures(self, weights: Floats) -> tuple[Figures, Figures]:
         columns = np.empty((len(self.NAMES), len(weights), len(self.ranked)))
+        by_sample = np.ascontiguousarray(weights.T)
         for column, ranked in enumerate(self.ranked):
-            positive, negative = ranked.counts(weights)
+            positive, negative = ranked.counts(by_sample)
             columns[0, :, column] = area_under_roc(positive, negative)
             columns[1, :, column] = average_precision(positive, negative)
             columns[2, :, column] = sensitivity_at_specificity(positive, negative, self.specificity)
