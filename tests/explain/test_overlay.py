@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from medclip_hf.explain.overlay import draw_concept_panel, encode_png, overlay_map, save_png
+from medclip_hf.explain.overlay import draw_boxes, draw_concept_panel, encode_png, overlay_map, save_png
 
 GREY = np.full((40, 60, 3), 128, np.uint8)
 CORNER = np.array([[1.0, 0.0], [0.0, 0.0]])
@@ -117,3 +117,22 @@ def test_names_and_outlines_must_match_the_maps():
         draw_concept_panel(GREY, CORNER[None], ["cyst", "nodule"])
     with pytest.raises(ValueError, match="outline of 'cyst'"):
         draw_concept_panel(GREY, CORNER[None], ["cyst"], outlines=[np.ones((2, 2), bool)])
+
+
+def test_boxes_are_drawn_where_they_lie_and_named_beside():
+    picture = np.full((100, 150, 3), 200, np.uint8)
+    none = draw_boxes(picture, [], [])
+    drawn = draw_boxes(picture, [(10, 20, 60, 90), (70, 10, 140, 50)], ["mass 0.91", "a very long name " * 9])
+    assert drawn.shape == none.shape
+    changed = np.argwhere((drawn != none).any(axis=2))
+    assert len(changed) > 500
+    assert changed[:, 1].max() > drawn.shape[1] * 0.65  # the names
+
+
+def test_boxes_that_cannot_be_drawn_are_refused():
+    picture = np.zeros((10, 10, 3), np.uint8)
+    with pytest.raises(ValueError, match="2 boxes and 1 names"):
+        draw_boxes(picture, [(0, 0, 5, 5)] * 2, ["a"])
+    for box in ((0, 0, 11, 5), (5, 0, 5, 5), (-1, 0, 5, 5)):
+        with pytest.raises(ValueError, match="does not lie in a picture of 10 × 10"):
+            draw_boxes(picture, [box], ["a"])
