@@ -1,0 +1,132 @@
+"""Models for commands: what is wrong with a name is told in a sentence, and no code of a repository is run."""
+
+import importlib
+import json
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+MODEL_TYPES = ("conceptclip", "fvlm")
+_PICKLES = ("*.pkl", "*.pickle", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.joblib")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def register() -> None:
+    """Make the Auto classes know the models; the command does without them until it needs one."""
+    importlib.import_module("medclip_hf").ConceptCLIPModel  # noqa: B018 - looking it up registers
+
+
+def model_type_of(model: str, revision: str | None = None) -> str:
+    """Which of the two models a folder or repository holds.
+
+    Raises:
+        ValueError: with what is wrong with the name, the folder or the configuration, and what to do.
+    """
+    _check_place(model)
+    from transformers import PreTrainedConfig
+
+    try:
+        with _asking_the_hub(model):
+            values, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{model}: its configuration cannot be read: {_first_line(error)}") from error
+    model_type = str(values.get("model_type", ""))
+    if model_type in MODEL_TYPES:
+        return model_type
+    if "auto_map" in values or "custom_pipelines" in values:
+        raise ValueError(
+            f"{model} asks for code of its own to be run (auto_map of its config.json), and no such code is run here. "
+            f"Name a model of type {' or '.join(MODEL_TYPES)}."
+        )
+    raise ValueError(f"{model} is of type {model_type or 'unknown'!r}; this command takes {' and '.join(MODEL_TYPES)}.")
+
+
+def load_pipeline(
+    task: str, model: str, *, revision: str | None = None, device: str | None = None, dtype: str = "auto"
+) -> Any:
+    """A pipeline with model and processor, loaded from safetensors alone and without a gap.
+
+    Args:
+        task: of `transformers.pipeline`.
+        model: folder or Hub name.
+        revision: of a repository on the Hub.
+        device: such as "cpu" or "cuda:0"; None: the accelerator if there is one.
+        dtype: "auto" is that of the file.
+
+    Raises:
+        ValueError: as `model_type_of`, or weights, processor or device cannot be used.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"--dtype is {', '.join(_DTYPES)}, but {dtype!r} came.")
+    import torch
+    from transformers import AutoModel, AutoProcessor, pipeline
+    from transformers.utils import logging
+
+    from medclip_hf.pipelines import register_pipelines
+
+    register()
+    register_pipelines()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with _asking_the_hub(model):
+            loaded: Any = AutoModel.from_pretrained(
+                model, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+            processor = AutoProcessor.from_pretrained(model, revision=revision)
+        network, info = loaded
+        if gaps := {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys}:
+            raise ValueError(f"its weights are not those of its configuration: {gaps}")
+        network = network.to(device).eval()
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise ValueError(f"{model} cannot be used: {_first_line(error)}{_cure(model)}") from error
+    make: Any = pipeline  # annotated for the tasks of transformers alone
+    return make(
+        task,
+        model=network,
+        processor=processor,
+        tokenizer=processor.tokenizer,
+        image_processor=processor.image_processor,
+        device=torch.device(device),
+    )
+
+
+def _check_place(model: str) -> None:
+    path = Path(model).expanduser()
+    if path.is_file():
+        kind = "pickles are never read" if path.match("*.pkl") or path.match("*.pickle") else "it is a file"
+        raise ValueError(
+            f"{model} is no model: {kind}. Name the folder of a model; scripts/convert_checkpoint.py makes one of an "
+            "official checkpoint."
+        )
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return
+        if (path / "adapter_config.json").is_file():
+            raise ValueError(f"{model} holds an adapter alone: merge it into its base first.")
+        raise ValueError(f"{model} holds no config.json: name the folder that save_pretrained wrote.")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith("/"):
+        raise ValueError(f"there is no folder {model}.")
+
+
+def _asking_the_hub(model: str) -> AbstractContextManager[None]:
+    """What the Hub refuses is told in a sentence; a folder on this disk has nothing to do with it."""
+    from medclip_hf.hub.errors import hub_errors
+
+    return nullcontext() if Path(model).is_dir() else hub_errors(model)
+
+
+def _cure(model: str) -> str:
+    """What to do about a folder whose weights lie there in another format."""
+    path = Path(model)
+    if not path.is_dir() or any(path.glob("*.safetensors")):
+        return ""
+    found = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    there = f" ({', '.join(found)} is not read: only safetensors are)" if found else ""
+    return f" The folder holds no *.safetensors{there}."
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
