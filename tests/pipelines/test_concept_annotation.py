@@ -8,6 +8,9 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, pipeline
 
+from medclip_hf.data.concepts.index import Concept
+from medclip_hf.evaluation.concept_bank import ConceptBank, build_concept_bank
+from medclip_hf.evaluation.encoders import load_encoder
 from medclip_hf.evaluation.zero_shot import classify_images
 from medclip_hf.pipelines import ConceptAnnotationPipeline
 from medclip_hf.pipelines.pipeline_concept_annotation import box_of_map, read_concepts
@@ -68,6 +71,16 @@ def test_batches_lists_and_generators_give_what_single_images_give(annotate, pic
     assert annotate([], concepts=CONCEPTS) == []
 
 
+def test_a_concept_bank_gives_what_its_names_give(annotate, picture, conceptclip_folder, tmp_path):
+    encoder = load_encoder(conceptclip_folder, device="cpu")
+    concepts = [Concept("C1", "nodule"), Concept("C2", "left effusion")]
+    build_concept_bank(encoder, concepts).save(tmp_path / "bank")
+    bank = ConceptBank.load(tmp_path / "bank", encoder)
+    found = annotate(picture, concepts=bank)
+    assert scores(found) == pytest.approx(scores(annotate(picture, concepts=["nodule", "left effusion"])), rel=1e-4)
+    assert {entry["label"]: entry["cui"] for entry in found} == {"nodule": "C1", "left effusion": "C2"}
+
+
 def test_a_threshold_may_leave_nothing(annotate, picture):
     assert annotate(picture, concepts=CONCEPTS, threshold=0.999999) == []
     assert annotate([picture, picture], concepts=CONCEPTS, threshold=0.999999, batch_size=2) == [[], []]
@@ -92,12 +105,10 @@ def test_a_dicom_file_is_read_as_a_viewer_shows_it(annotate, picture, tmp_path):
     dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = *grey.shape, 1
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 12, 11, 0
     dataset.PhotometricInterpretation = "MONOCHROME1"  # 0 is white
-    low, high = int(grey.min()), int(grey.max())
-    levels = np.rint((high - grey.astype(float)) / (high - low) * 4095).astype(np.uint16)
-    dataset.PixelData = levels.tobytes()
+    dataset.WindowCenter, dataset.WindowWidth = 2048, 4096
+    dataset.PixelData = np.rint((255 - grey.astype(float)) / 255 * 4095).astype(np.uint16).tobytes()
     dataset.save_as(tmp_path / "radiograph.dcm", enforce_file_format=True)
-    spread = np.rint((grey.astype(float) - low) / (high - low) * 255).astype(np.uint8)
-    expected = scores(annotate(Image.fromarray(spread), concepts=CONCEPTS))
+    expected = scores(annotate(Image.fromarray(grey), concepts=CONCEPTS))
     assert scores(annotate(str(tmp_path / "radiograph.dcm"), concepts=CONCEPTS)) == pytest.approx(expected, rel=0.02)
 
 

@@ -1,6 +1,5 @@
 """What pipelines read from disk: pictures of any kind, CT scans with their masks, the shipped vocabulary."""
 
-import struct
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,43 +34,21 @@ def read_picture(image: Any) -> Any:
 
 
 def _read_dicom_picture(path: Path) -> Image.Image:
-    """The picture as a viewer shows it: rescaled, windowed as the file says, white on black; no other element is used.
-
-    Without a window the values from the least to the greatest are spread over the greys.
-    """
+    """The picture as a viewer shows it, without anything else of the file; of several frames the middle one."""
     try:
-        from pydicom import dcmread
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut
+        import pydicom  # noqa: F401 - asked for here, so that its absence is not taken for a damaged file
     except ImportError as error:
         raise ValueError(f"{path} is a DICOM file: reading it needs pip install 'medclip-hf[ct]'.") from error
+    from medclip_hf.data.hospital.grey_levels import UnusablePicture
+    from medclip_hf.data.hospital.pictures import PictureSettings, read_pictures
+
     try:
-        dataset = dcmread(path)
-        if int(dataset.get("NumberOfFrames") or 1) > 1:
-            raise ValueError(f"it has {dataset.NumberOfFrames} frames; give one of them as an array")
-        values = dataset.pixel_array
-        if int(dataset.get("SamplesPerPixel") or 1) == 3:
-            return Image.fromarray(values.astype(np.uint8), "RGB")
-        values = apply_voi_lut(apply_modality_lut(values, dataset), dataset).astype(np.float64)
-    except (
-        AttributeError,
-        EOFError,
-        KeyError,
-        NotImplementedError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        struct.error,
-    ) as error:
+        return read_pictures(path, PictureSettings(frames="middle"))[0].image
+    except UnusablePicture as error:
         raise ValueError(
             f"{path} cannot be shown as a picture: {error}. It may be truncated, hold no image, or need a decoder "
-            "(python-gdcm)."
+            "(python-gdcm; `medclip-hf doctor` tells)."
         ) from error
-    low, high = values.min(), values.max()
-    greys = (values - low) / max(high - low, 1e-9) * 255
-    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":  # 0 is white
-        greys = 255 - greys
-    return Image.fromarray(np.rint(greys).astype(np.uint8))
 
 
 @lru_cache(maxsize=1)

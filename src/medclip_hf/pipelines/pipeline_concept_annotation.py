@@ -49,6 +49,7 @@ class _Vocabulary:
     cuis: tuple[str | None, ...]
     text_embeds: torch.Tensor  # (K, D)
     concept_embeds: torch.Tensor | None  # (K, D)
+    source: Any = None  # what must stay alive as long as its id is a key
 
 
 _Pipeline: Any = Pipeline  # its annotations are made for the subclasses of transformers
@@ -74,7 +75,8 @@ class ConceptAnnotationPipeline(_Pipeline):
     Args of a call:
         images: path, URL, PIL image or array, or a list, generator or data set of them. Files may be DICOM.
         concepts: names, (name, CUI) pairs, mappings with "canonical_name" and "concept_id", or the path of a JSON
-            lines file of such mappings. Default: the vocabulary that the package ships.
+            lines file of such mappings; or a `ConceptBank`, whose vectors are on disk already. Default: the vocabulary
+            that the package ships.
         top_k: how many to give back; None: all.
         threshold: least score.
         templates: prompts with one ``{}``, averaged.
@@ -153,12 +155,12 @@ class ConceptAnnotationPipeline(_Pipeline):
             scores = zero_shot_scores(
                 outputs.image_embeds[row : row + 1],
                 vocabulary.text_embeds,
-                outputs.logit_scale,
+                self.model.logit_scale.exp(),
                 patches,
                 None if patches is None else vocabulary.concept_embeds,
-                None if patches is None else outputs.concept_logit_scale,
-                logit_bias=outputs.logit_bias,
-                concept_logit_bias=0.0 if patches is None else outputs.concept_logit_bias,
+                None if patches is None else self.model.concept_logit_scale.exp(),
+                logit_bias=self.model.logit_bias,
+                concept_logit_bias=0.0 if patches is None else self.model.concept_logit_bias,
                 activation=activation,
                 top_patches=top_patches,
                 local_weight=local_weight,
@@ -178,6 +180,8 @@ class ConceptAnnotationPipeline(_Pipeline):
 
     def _encoded(self, concepts: Any, templates: tuple[str, ...]) -> _Vocabulary:
         """The vocabulary's vectors, kept for the next image."""
+        if hasattr(concepts, "text_embeds"):
+            return self._of_bank(concepts)
         pairs = read_concepts(concepts)
         key = (pairs, templates)
         if key not in self._vocabularies:
@@ -188,6 +192,19 @@ class ConceptAnnotationPipeline(_Pipeline):
                 self._vocabularies.pop(next(iter(self._vocabularies)))
             cuis = tuple(cui for _, cui in pairs)
             self._vocabularies[key] = _Vocabulary(names, cuis, text_embeds, concept_embeds)
+        return self._vocabularies[key]
+
+    def _of_bank(self, bank: Any) -> _Vocabulary:
+        """The vectors of a concept bank; that it is this model's was checked when it was loaded."""
+        key = id(bank)
+        if key not in self._vocabularies:
+            if bank.text_embeds.shape[1] != self.model.config.vision_config.hidden_size:
+                raise ValueError(
+                    f"the concept bank is another model's: its vectors have {bank.text_embeds.shape[1]} numbers."
+                )
+            text_embeds = bank.text_embeds.to(self.model.device)
+            concept_embeds = None if bank.concept_embeds is None else bank.concept_embeds.to(self.model.device)
+            self._vocabularies = {key: _Vocabulary(bank.names, bank.concept_ids, text_embeds, concept_embeds, bank)}
         return self._vocabularies[key]
 
     def _add_maps(
