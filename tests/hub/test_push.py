@@ -176,6 +176,36 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub, hub_server, api, 
     assert hub.repository(REPOSITORY).history[-1].sha == pushed.commit
 
 
+def test_a_repository_whose_making_was_not_confirmed_is_taken_back_too(hub, hub_server, api, folder):
+    hub.faults = [
+        hub_server.Fault("/api/repos/create", None, times=1, is_late=True),
+        hub_server.Fault("/commit/", 403),
+    ]
+    with pytest.raises(HubError, match="write permission"):
+        push_folder(folder, REPOSITORY, api=api)
+    assert hub.repositories == {}
+
+
+def test_a_repository_that_another_made_at_the_same_time_stays_theirs(hub, hub_server, api, folder):
+    hub.faults = [
+        hub_server.Fault("/api/repos/create", 409, then=lambda: hub.add(REPOSITORY, {}, is_private=True)),
+    ]
+    with pytest.raises(HubError, match="that name is taken"):
+        push_folder(folder, REPOSITORY, api=api)
+    assert hub.repository(REPOSITORY) is not None
+
+
+def test_a_repository_in_which_something_came_to_be_is_not_taken_back(hub, hub_server, api, folder):
+    hub.faults = [
+        hub_server.Fault(
+            "/commit/", 403, then=lambda: hub.repository(REPOSITORY).commit({"a": b"theirs"}, "from elsewhere")
+        ),
+    ]
+    with pytest.raises(HubError):
+        push_folder(folder, REPOSITORY, api=api)
+    assert hub.repository(REPOSITORY).files == {"a": b"theirs"}
+
+
 def test_a_commit_that_another_was_faster_than_is_refused_and_the_other_stays(hub, hub_server, api, folder):
     repository = hub.add(REPOSITORY, {}, is_private=True)
     hub.faults = [

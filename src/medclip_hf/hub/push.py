@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from medclip_hf.data.engine.publish import PUBLISHED_FILES
 from medclip_hf.hub.cards import ModelFacts, write_card
@@ -103,10 +103,12 @@ def push_folder(
     if check is not None and (findings := list(check(folder))):
         listed = "; ".join(str(finding) for finding in findings[:20])
         raise ValueError(f"Nothing was sent: the check of {folder.name} found {len(findings)} problems: {listed}")
-    api = api or HfApi()
-    return _with_patience(
-        lambda: _push_once(api, folder, files, repo_id, repo_type, private, message), repo_id, api.endpoint, patience_s
-    )
+    push = _Push(api or HfApi(), files, repo_id, repo_type, private, message)
+    try:
+        return _with_patience(push, patience_s)
+    except BaseException:  # an interrupt as well
+        push.take_back()
+        raise
 
 
 def push_pretrained(
@@ -193,13 +195,83 @@ def _check_base_of_adapter(path: Path) -> None:
         )
 
 
-def _with_patience(step: Callable[[], Pushed], repo_id: str, endpoint: str, patience_s: float) -> Pushed:
-    """The step's result, tried again while the Hub asks to wait, fails, or does not answer, for so many seconds."""
+@dataclass
+class _Push:
+    """One push, which may take several tries."""
+
+    api: HfApi
+    files: dict[str, Path]
+    repo_id: str
+    repo_type: RepoType
+    private: bool
+    message: str
+    was_absent: bool = False  # the repository is there because of this push
+    first_commit: str | None = None  # what the newest one was before ours
+
+    def try_once(self) -> Pushed:
+        """Make the repository where there is none, and commit."""
+        self._make_repository()
+        self.first_commit = self.api.repo_info(self.repo_id, repo_type=self.repo_type).sha
+        there = self.api.list_repo_files(self.repo_id, repo_type=self.repo_type, revision=self.first_commit)
+        removed = _outdated(there, self.files, self.repo_type)
+        # Made anew for every try: these objects remember what was uploaded.
+        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in self.files.items()]
+        commit = self.api.create_commit(
+            self.repo_id,
+            [*added, *(CommitOperationDelete(path_in_repo=name) for name in removed)],
+            commit_message=self.message,
+            repo_type=self.repo_type,
+            parent_commit=self.first_commit,
+        )
+        prefix = {"model": "", "dataset": "datasets/", "space": "spaces/"}[self.repo_type]
+        url = f"{self.api.endpoint}/{prefix}{self.repo_id}"
+        logger.info("Pushed %d files to %s at %s", len(self.files), url, commit.oid)
+        return Pushed(self.repo_id, commit.oid, url, tuple(self.files), tuple(removed))
+
+    def _make_repository(self) -> None:
+        try:
+            info = self.api.repo_info(self.repo_id, repo_type=self.repo_type)
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            self._create()
+            return
+        if self.private and not info.private:
+            raise HubError(
+                f"{self.repo_id} is public, and pushing to it publishes the files. Say so with private=False, or push "
+                "to another repository."
+            )
+
+    def _create(self) -> None:
+        self.was_absent = True  # from before the request, whose answer may get lost
+        sdk = "gradio" if self.repo_type == "space" else None
+        try:
+            self.api.create_repo(self.repo_id, repo_type=self.repo_type, private=self.private, space_sdk=sdk)
+        except HfHubHTTPError as error:
+            if error.response.status_code == 409:  # somebody else was faster: it is theirs
+                self.was_absent = False
+            raise
+
+    def take_back(self) -> None:
+        """Remove the repository that was made for a push that failed, unless something came to be in it."""
+        if not self.was_absent:
+            return
+        try:
+            with hub_errors(self.repo_id, self.api.endpoint):
+                if set(self.api.list_repo_files(self.repo_id, repo_type=self.repo_type)) <= {".gitattributes"}:
+                    self.api.delete_repo(self.repo_id, repo_type=self.repo_type)
+        except HubError as error:
+            if error.status not in (401, 404):  # those say that it never came to be
+                logger.warning("Perhaps the empty repository %s was left behind: %s", self.repo_id, error)
+
+
+def _with_patience(push: _Push, patience_s: float) -> Pushed:
+    """What was pushed, tried again while the Hub asks to wait, fails, or does not answer, for so many seconds."""
     waited_s, pause_s = 0.0, _FIRST_WAIT_S
     while True:
         try:
-            with hub_errors(repo_id, endpoint):
-                return step()
+            with hub_errors(push.repo_id, push.api.endpoint):
+                return push.try_once()
         except HubError as error:
             next_s = max(pause_s, error.retry_after_s or 0.0)
             if not error.is_passing or waited_s + next_s > patience_s:
@@ -207,58 +279,6 @@ def _with_patience(step: Callable[[], Pushed], repo_id: str, endpoint: str, pati
             logger.warning("%s Trying again in %.0f s.", error, next_s)
         time.sleep(next_s)
         waited_s, pause_s = waited_s + next_s, pause_s * 2
-
-
-def _push_once(
-    api: HfApi,
-    folder: Path,
-    files: dict[str, Path],
-    repo_id: str,
-    repo_type: RepoType,
-    private: bool,
-    message: str,
-) -> Pushed:
-    first_commit, is_new = _find_or_create(api, repo_id, repo_type, private)
-    try:
-        there = api.list_repo_files(repo_id, repo_type=repo_type, revision=first_commit)
-        removed = _outdated(there, files, repo_type)
-        commit = api.create_commit(
-            repo_id,
-            [
-                # Made anew for every try: they remember what was uploaded.
-                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()),
-                *(CommitOperationDelete(path_in_repo=name) for name in removed),
-            ],
-            commit_message=message,
-            repo_type=repo_type,
-            parent_commit=first_commit,
-        )
-    except BaseException:  # an interrupt as well
-        if is_new:
-            _take_back(api, repo_id, repo_type, first_commit)
-        raise
-    url = "/".join(filter(None, [api.endpoint, {"dataset": "datasets", "space": "spaces"}.get(repo_type), repo_id]))
-    logger.info("Pushed %d files of %s to %s at %s", len(files), folder.name, url, commit.oid)
-    return Pushed(repo_id, commit.oid, url, tuple(files), tuple(removed))
-
-
-def _find_or_create(api: HfApi, repo_id: str, repo_type: RepoType, private: bool) -> tuple[str | None, bool]:
-    """The repository's newest commit (None: a mirror does not tell), and whether the repository was made just now."""
-    try:
-        info = api.repo_info(repo_id, repo_type=repo_type)
-    except GatedRepoError:
-        raise
-    except RepositoryNotFoundError:
-        api.create_repo(
-            repo_id, repo_type=repo_type, private=private, space_sdk="gradio" if repo_type == "space" else None
-        )
-        return api.repo_info(repo_id, repo_type=repo_type).sha, True
-    if private and not info.private:
-        raise HubError(
-            f"{repo_id} is public, and pushing to it publishes the files. Say so with private=False, or push to "
-            "another repository."
-        )
-    return info.sha, False
 
 
 def _outdated(there: Sequence[str], files: dict[str, Path], repo_type: RepoType) -> list[str]:
@@ -270,13 +290,3 @@ def _outdated(there: Sequence[str], files: dict[str, Path], repo_type: RepoType)
                 name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in patterns)
             ]
     return sorted(removed)
-
-
-def _take_back(api: HfApi, repo_id: str, repo_type: RepoType, first_commit: str | None) -> None:
-    """Remove the repository that was made for a push that failed, unless something came to be in it."""
-    try:
-        with hub_errors(repo_id, api.endpoint):
-            if api.repo_info(repo_id, repo_type=repo_type).sha == first_commit:
-                api.delete_repo(repo_id, repo_type=repo_type)
-    except HubError as error:
-        logger.warning("The empty repository %s was made and could not be removed: %s", repo_id, error)
