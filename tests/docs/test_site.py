@@ -54,3 +54,9 @@ def test_python_in_the_docs_is_python(repository):
     for page in [*pages(repository), repository / "README.md"]:
         for block in PYTHON_BLOCK.findall(page.read_text(encoding="utf-8")):
             compile(block, str(page), "exec")
+
+
+def test_every_recipe_is_in_the_table_of_recipes(repository):
+    page = (repository / "docs" / "recipes.md").read_text(encoding="utf-8")
+    recipes = {path.name for path in (repository / "scripts" / "recipes").glob("*.yaml")}
+    assert recipes == set(re.findall(r"`(\w+\.yaml)`", page))
