@@ -223,3 +223,21 @@ def test_bad_input_is_refused_with_what_is_wrong(scores, labels, options, messag
 def test_names_that_repeat_are_refused():
     with pytest.raises(ValueError, match="different class names"):
         classification_figures([[0.1, 0.2]], [[0, 1]], ["a", "a"])
+
+
+@pytest.mark.parametrize("groups", [["a", None, "b"], [1.0, float("nan"), 2.0]])
+def test_samples_without_a_patient_are_refused(groups):
+    with pytest.raises(ValueError, match="1 of 3 samples have no group"):
+        classification_figures([[0.1], [0.2], [0.3]], [[0], [1], [0]], ["cyst"], groups=groups)
+
+
+def test_numbers_and_texts_that_read_alike_are_one_patient():
+    groups = np.array([7, "7", "p8"], dtype=object)
+    figures = classification_figures([[0.1], [0.2], [0.3]], [[0], [1], [0]], ["cyst"], groups=groups, num_resamples=5)
+    assert figures.num_groups == 2
+
+
+def test_a_threshold_that_nothing_reaches_is_ready_for_json():
+    figures = classification_figures([[0.1], [0.9]], [[0], [1]], ["cyst"], thresholds=float("inf"), num_resamples=0)
+    assert figures.overall["sensitivity"].value == 0.0
+    assert json.loads(json.dumps(figures.as_dict(), allow_nan=False))["settings"]["thresholds"] == ["inf"]

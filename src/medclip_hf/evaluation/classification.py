@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from medclip_hf.evaluation.intervals import Floats, Interval, percentile_interval
+from medclip_hf.evaluation.intervals import Floats, Interval, group_index, percentile_interval
 from medclip_hf.evaluation.weighted_figures import ClassifiedSamples
 
 
@@ -123,16 +123,23 @@ def classification_figures(
         left_out=samples.left_out,
         num_positive=dict(zip(samples.class_names, (samples.truth & samples.known).sum(axis=0).tolist(), strict=True)),
         num_samples=len(samples.scores),
-        num_groups=len(samples.scores) if groups is None else len(np.unique(np.asarray(groups))),
+        num_groups=int(group_index(groups, len(samples.scores)).max()) + 1,
         settings={
             "num_resamples": num_resamples,
             "confidence": confidence,
             "seed": seed,
             "specificity": specificity,
             "num_bins": num_bins,
-            "thresholds": None if samples.thresholds is None else samples.thresholds.tolist(),
+            "thresholds": _listed(samples.thresholds),
         },
     )
+
+
+def _listed(thresholds: Floats | None) -> list[float | str] | None:
+    """Thresholds for JSON, which has no infinity ("never" and "always")."""
+    if thresholds is None:
+        return None
+    return [float(value) if np.isfinite(value) else str(value) for value in thresholds]
 
 
 def _interval(value: float, drawn: Floats, confidence: float) -> Interval:

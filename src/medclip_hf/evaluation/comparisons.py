@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm, rankdata
 
-from medclip_hf.evaluation.intervals import Floats, Interval, bootstrap_weights, percentile_interval
+from medclip_hf.evaluation.intervals import Floats, Interval, bootstrap_weights, group_index, percentile_interval
 from medclip_hf.evaluation.weighted_figures import ClassifiedSamples
 
 
@@ -242,12 +242,7 @@ def _areas_and_covariance(
 ) -> tuple[Floats, Floats]:
     """Areas (M,) of M models and their covariance (M, M)."""
     components, areas = _structural_components(scores, is_positive)
-    group_of = np.arange(len(is_positive))
-    if groups is not None:
-        names = np.asarray(groups)
-        if names.shape != is_positive.shape:
-            raise ValueError(f"expected one group per sample, shape {is_positive.shape}, got shape {names.shape}")
-        group_of = np.unique(names, return_inverse=True)[1]
+    group_of = group_index(groups, len(is_positive))
     sums = np.zeros((2, len(areas), int(group_of.max()) + 1))  # Σ of (component − area) by side, model and patient
     num_holding = []
     for side, rows in enumerate((is_positive, ~is_positive)):

@@ -80,16 +80,11 @@ def bootstrap_weights(num_samples: int, groups: ArrayLike | None, num_resamples:
     As many groups as there are are drawn with replacement; all samples of a group come along together.
 
     Raises:
-        ValueError: negative number of resamples, number of groups other than `num_samples`.
+        ValueError: negative number of resamples, groups as in `group_index`.
     """
     if num_resamples < 0:
         raise ValueError(f"num_resamples must not be negative, got {num_resamples}")
-    group_of = np.arange(num_samples)
-    if groups is not None:
-        group_names = np.asarray(groups)
-        if group_names.shape != (num_samples,):
-            raise ValueError(f"expected one group per sample, shape ({num_samples},), got shape {group_names.shape}")
-        group_of = np.unique(group_names, return_inverse=True)[1]
+    group_of = group_index(groups, num_samples)
     num_groups = int(group_of.max()) + 1 if num_samples else 0
     if not num_groups:
         return
@@ -100,6 +95,25 @@ def bootstrap_weights(num_samples: int, groups: ArrayLike | None, num_resamples:
         drawn = rng.integers(num_groups, size=(block, num_groups)) + num_groups * np.arange(block)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=block * num_groups).reshape(block, num_groups)
         yield counts[:, group_of].astype(np.float64)
+
+
+def group_index(groups: ArrayLike | None, num_samples: int) -> NDArray[np.intp]:
+    """Number (N,) of each sample's group, from 0 on; without groups every sample is its own.
+
+    Raises:
+        ValueError: another number of groups than samples, samples whose group is missing.
+    """
+    if groups is None:
+        return np.arange(num_samples)
+    names = np.asarray(groups)
+    if names.shape != (num_samples,):
+        raise ValueError(f"expected one group per sample, shape ({num_samples},), got shape {names.shape}")
+    is_missing = np.array([name is None or name != name for name in names.tolist()], dtype=bool)  # NaN is not itself
+    if is_missing.any():
+        raise ValueError(f"{int(is_missing.sum())} of {num_samples} samples have no group (None or NaN): name them all")
+    if names.dtype == object:
+        names = names.astype(str)  # a column of numbers and texts: 7 and "7" are one patient
+    return np.asarray(np.unique(names, return_inverse=True)[1])
 
 
 def percentile_interval(value: float | None, resampled: ArrayLike, confidence: float = 0.95) -> Interval:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from medclip_hf.evaluation.intervals import Floats, Interval, percentile_interval
+from medclip_hf.evaluation.intervals import Floats, Interval, group_index, percentile_interval
 from medclip_hf.evaluation.logistic import LogisticFit, fit_sigmoid, fit_softmax
 from medclip_hf.evaluation.weighted_figures import ClassifiedSamples
 
@@ -353,7 +353,7 @@ def stratified_subset(
     truth = truth.astype(bool) if known is None else truth.astype(bool) & np.asarray(known, dtype=bool)
     if fraction >= 1.0:
         return np.arange(len(truth))
-    group_of = np.arange(len(truth)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    group_of = group_index(groups, len(truth))
     num_groups = int(group_of.max()) + 1
     positives = np.stack([np.bincount(group_of, weights=column, minlength=num_groups) for column in truth.T], axis=1)
     sizes = np.bincount(group_of, minlength=num_groups)
