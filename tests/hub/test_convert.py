@@ -305,6 +305,30 @@ def test_weights_of_wrong_shapes_are_named(tmp_path, tokenizer):
         convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out", tokenizer=tokenizer, config=HEADS)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"visual.trunk.blocks.0.attn.qkv.weight": torch.zeros(2, 12)}, "no fused query, key and value"),
+        ({"logit_scale": torch.zeros(2)}, "expected one number"),
+        ({"module.logit_scale": torch.zeros(())}, r"come twice, with and without 'module\.': \['logit_scale'\]"),
+        ({"visual.trunk.pos_embed": torch.zeros(1, 3, 12)}, "position_embedding"),
+    ],
+)
+def test_a_damaged_weight_is_named(tmp_path, change, message):
+    official = conceptclip_to_official(conceptclip().state_dict()) | change
+    save_file(official, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out", config=HEADS, with_processor=False)
+
+
+def test_shards_that_lie_elsewhere_are_not_followed(tmp_path):
+    (tmp_path / "in").mkdir()
+    index = {"weight_map": {"logit_scale": "../secret.safetensors"}}
+    (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="are no safetensors beside it"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out")
+
+
 def test_a_tokenizer_that_is_missing_or_anothers_is_told(tmp_path):
     source = write_official(tmp_path / "model.safetensors", conceptclip())
     with pytest.raises(ValueError, match="no tokenizer beside the checkpoint"):

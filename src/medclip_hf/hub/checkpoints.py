@@ -106,7 +106,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     for key in ("model", "state_dict"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
-    if not isinstance(checkpoint, Mapping) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
+    if not isinstance(checkpoint, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in checkpoint.items()
+    ):
         raise ValueError(f"{path} holds no dict of tensors, neither directly nor under 'model' or 'state_dict'.")
     return dict(checkpoint)
 
@@ -141,8 +143,39 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def without_wrapper_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights without the `module.` of a distributed wrapper."""
-    return {key.removeprefix("module."): value for key, value in state_dict.items()}
+    """The same weights without the `module.` of a distributed wrapper.
+
+    Raises:
+        ValueError: a key comes with and without it.
+    """
+    weights = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    if len(weights) < len(state_dict):
+        twice = sorted(key for key in weights if key in state_dict and f"module.{key}" in state_dict)
+        raise ValueError(f"these weights come twice, with and without 'module.': {twice}. Keep one of each.")
+    return weights
+
+
+def thirds(key: str, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of query, key and value out of a fused projection.
+
+    Raises:
+        ValueError: its rows do not fall into three parts.
+    """
+    if fused.ndim == 0 or fused.shape[0] % 3:
+        raise ValueError(f"{key} has shape {tuple(fused.shape)}, which is no fused query, key and value.")
+    query, keys, value = fused.chunk(3)
+    return query, keys, value
+
+
+def single(key: str, value: Tensor) -> Tensor:
+    """A scalar of any shape as (1,).
+
+    Raises:
+        ValueError: it holds more or less than one number.
+    """
+    if value.numel() != 1:
+        raise ValueError(f"{key} has shape {tuple(value.shape)}; expected one number.")
+    return value.reshape(1)
 
 
 def first_match(table: RenamingTable, key: str) -> tuple[re.Match[str], str] | None:

@@ -16,6 +16,8 @@ from medclip_hf.hub.checkpoints import (
     first_match,
     load_without_gap,
     read_weights,
+    single,
+    thirds,
     without_wrapper_prefix,
 )
 from medclip_hf.modeling.conceptclip import ConceptCLIPConfig, ConceptCLIPModel
@@ -98,7 +100,7 @@ def convert_official(official: Mapping[str, Tensor]) -> Conversion:
     for key, value in rest.items():
         module, _, leaf = key.rpartition(".")
         if key in _SCALARS:
-            conversion.add(key, value.reshape(1), key)
+            conversion.add(key, single(key, value), key)
         elif key == _POSITIONS[0]:
             conversion.add(_POSITIONS[1], value.squeeze(0), key)
         elif key == _PROBE[0]:
@@ -122,7 +124,7 @@ def _convert_attention(rest: dict[str, Tensor], num_layers: int, conversion: Con
     for kind in ("weight", "bias"):
         for layer in range(num_layers):
             key = f"visual.trunk.blocks.{layer}.attn.qkv.{kind}"
-            for name, part in zip("qkv", _pop(rest, key).chunk(3), strict=True):
+            for name, part in zip("qkv", thirds(key, _pop(rest, key)), strict=True):
                 conversion.add(f"vision_model.encoder.layers.{layer}.self_attn.{name}_proj.{kind}", part, key)
         if num_layers:
             keys = [f"{_OFFICIAL_POOL}.{name}.{kind}" for name in ("q", "kv")]

@@ -20,6 +20,8 @@ from medclip_hf.hub.checkpoints import (
     first_match,
     load_without_gap,
     read_weights,
+    single,
+    thirds,
     without_wrapper_prefix,
 )
 from medclip_hf.modeling.fvlm.configuration_fvlm import FVLMConfig
@@ -102,12 +104,12 @@ def convert_official(official: Mapping[str, Tensor]) -> Conversion:
     unknown: list[str] = []
     for key, value in without_wrapper_prefix(official).items():
         if key == "temp":
-            conversion.add("logit_scale", -value.double().log().to(value.dtype).reshape(1), key)
+            conversion.add("logit_scale", -single(key, value).double().log().to(value.dtype), key)
         elif key == "query_tokens":
             for index, row in enumerate(value):
                 conversion.add(f"anatomy_heads.{index}.query", row, key)
         elif match := _FUSED_QKV.fullmatch(key):
-            for name, part in zip("qkv", value.chunk(3), strict=True):
+            for name, part in zip("qkv", thirds(key, value), strict=True):
                 conversion.add(f"vision_model.layers.{match[1]}.self_attn.{name}_proj.{match[2]}", part, key)
         elif renamed := first_match(_RENAMED, key):
             conversion.add(renamed[0].expand(renamed[1]), value, key)
@@ -235,7 +237,7 @@ def initialize_from_mae(
             dropped[key] = "2-D; the 3-D patch embedding starts random"
         elif match := _MAE_QKV.fullmatch(key):
             names = (f"layers.{match[1]}.self_attn.{name}_proj.{match[2]}" for name in "qkv")
-            converted |= dict(zip(names, value.chunk(3), strict=True))
+            converted |= dict(zip(names, thirds(key, value), strict=True))
         elif renamed := first_match(_MAE_RENAMED, key):
             converted[renamed[0].expand(renamed[1])] = value
         elif leftover := first_match(_MAE_DROPPED, key):
