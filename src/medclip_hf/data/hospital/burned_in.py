@@ -12,11 +12,12 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from medclip_hf.data.hospital.folding import WORDS
 
@@ -26,6 +27,8 @@ MIN_CONFIDENCE = 60  # of 100, as Tesseract judges a word
 MIN_CHARACTERS = 3
 _SECONDS = 120
 _LEGIBLE_SIDE = 1200  # pixels; smaller pictures are enlarged, since letters of 10 pixels are not read
+_BLUR_PART = 40  # of the longest side: wider than a letter's stroke, narrower than what organs shade
+_LETTER_CONTRAST = 40  # grey levels of 256
 _MARGIN = 0.35  # of the height of a word, masked around it
 # What technicians put on films, and no patient is known by.
 _MARKERS = WORDS["film_markers"]
@@ -65,24 +68,39 @@ def find_text(image: Image.Image) -> TextInPixels:
         RuntimeError: where Tesseract fails; the picture then counts as unread.
     """
     scale = max(1.0, min(4.0, _LEGIBLE_SIDE / max(image.size)))
-    grey = image.convert("L")
-    if scale > 1:
-        grey = grey.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    size = (round(image.width * scale), round(image.height * scale))
     boxes = []
-    for line in _tesseract(grey).splitlines()[1:]:
-        cells = line.split("\t")
-        if len(cells) == 12 and _is_word(cells[11], float(cells[10])):
-            left, top, width, height = (int(cell) / scale for cell in cells[6:10])
-            margin = _MARGIN * height
-            boxes.append(
-                (
-                    max(0, int(left - margin)),
-                    max(0, int(top - margin)),
-                    min(image.width, int(left + width + margin) + 1),
-                    min(image.height, int(top + height + margin) + 1),
-                )
-            )
+    for letters in _letters_on_paper(image.resize(size, Image.Resampling.BICUBIC) if scale > 1 else image):
+        for line in _tesseract(letters).splitlines()[1:]:
+            cells = line.split("\t")
+            if len(cells) == 12 and _is_word(cells[11], float(cells[10])):
+                left, top, width, height = (int(cell) / scale for cell in cells[6:10])
+                boxes.append(_box(left, top, width, height, image))
     return TextInPixels(tuple(boxes))
+
+
+def _letters_on_paper(image: Image.Image) -> Iterator[Image.Image]:
+    """What is brighter than its surroundings as black on white, then what is darker.
+
+    On an X-ray or cells Tesseract reads nothing as they are, though a name stands there in bright letters: its own
+    threshold is one for the whole picture.
+    """
+    channels = np.asarray(image.convert("RGB"))
+    for extreme, sign in ((channels.max(axis=-1), 1.0), (channels.min(axis=-1), -1.0)):
+        blurred = Image.fromarray(extreme).filter(ImageFilter.BoxBlur(max(image.size) // _BLUR_PART))
+        difference = sign * (extreme.astype(np.float32) - np.asarray(blurred, np.float32))
+        yield Image.fromarray(np.where(difference > _LETTER_CONTRAST, 0, 255).astype(np.uint8))
+
+
+def _box(left: float, top: float, width: float, height: float, image: Image.Image) -> Box:
+    margin = _MARGIN * height
+    right, bottom = left + width + margin + 1, top + height + margin + 1
+    return (
+        max(0, int(left - margin)),
+        max(0, int(top - margin)),
+        min(image.width, int(right)),
+        min(image.height, int(bottom)),
+    )
 
 
 def masked(image: Image.Image, found: TextInPixels) -> Image.Image:

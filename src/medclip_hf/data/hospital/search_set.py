@@ -112,7 +112,9 @@ class SearchSet:
             if word.isdigit():
                 continue
             following = tokens[number + 1] if number + 1 < len(tokens) else None
-            if following is not None and following.start() - token.end() <= 3:
+            between = plain[token.end() : following.start()] if following is not None else "\n"
+            is_beside = len(between) <= 3 and (with_name_parts or "\n" not in between)
+            if following is not None and is_beside:
                 pair = " ".join(sorted((word, following[0])))
                 if self._has("name", pair):
                     yield Hit(places[token.start()], "name")

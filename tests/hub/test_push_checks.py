@@ -1,0 +1,205 @@
+"""The check before a push finds what is planted, names file and place, and never says what it found."""
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, PngImagePlugin
+from safetensors.numpy import save_file
+
+from medclip_hf.data.hospital.pseudonyms import KEY_BYTES, Pseudonyms, read_or_create_key
+from medclip_hf.data.hospital.search_set import SearchSet
+from medclip_hf.hub.push_checks import check_before_push
+
+VALUES = ["ZEBULONSKY^MARTHA", "Müller, Jörg", "PX-774411", "00123456", "19530417", "12", "1.2.840.99.1.2.3.4.5.6"]
+
+
+@pytest.fixture
+def identifiers() -> SearchSet:
+    search_set = SearchSet(Pseudonyms(b"k" * KEY_BYTES))
+    search_set.add(VALUES)
+    return search_set
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps({"hidden_size": 1024, "layer_norm_eps": 0.123456, "model_type": "x"})
+    )
+    (folder / "README.md").write_text(
+        "# Model\nTrained on 12 films of 774 patients, see https://example.org/home/data.\n"
+    )
+    (folder / "vocab.txt").write_text("[PAD]\nzebulonsky\nmartha\n##ing\n/\n")
+    save_file({"a.weight": np.zeros(3, np.float32)}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_clean_folder_passes(model, identifiers):
+    assert check_before_push(model, identifiers) == []
+    assert check_before_push(model, None) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seen in px774411 today",
+        "PX 774 411",
+        "Px_774-411",
+        "id 123456",
+        "Martha Zebulonsky",
+        "zebulonsky, MARTHA",
+        "The Zebulonsky case",
+        "Joerg Mueller",
+        "Jörg Müller",
+        "born 17.04.1953",
+        "born 1953-04-17",
+        "04/17/1953",
+        "April 17, 1953",
+        "17th April 1953",
+        '{"uid": "1.2.840.99.1.2.3.4.5.6"}',
+        '{"name": "M\\u00fcller"}',
+        "saved to /home/zoe/run",
+        r"C:\Users\zoe\run",
+        r'{"dir": "D:\\data\\films"}',
+        "token hf_" + "a" * 34,
+    ],
+)
+def test_what_is_planted_in_a_card_is_found_and_not_repeated(model, identifiers, text):
+    with (model / "README.md").open("a", encoding="utf-8") as file:
+        file.write("\n" + text + "\n")
+    findings = check_before_push(model, identifiers)
+    assert findings
+    assert {finding.file for finding in findings} == {"README.md"}
+    assert findings[0].place == "line 4"
+    shown = " ".join(map(str, findings)).casefold()
+    assert not any(word in shown for word in ("zebul", "774", "1953", "ller", "123456", "zoe"))
+
+
+def test_it_is_found_in_metadata_of_weights_columns_and_text_chunks(model, identifiers):
+    save_file({"a": np.zeros(3, np.float32)}, model / "x.safetensors", metadata={"note": "for PX-774411"})
+    save_file({"head.Martha Zebulonsky": np.zeros(3, np.float32)}, model / "y.safetensors")
+    info = PngImagePlugin.PngInfo()
+    info.add_text("c", "PX-774411")
+    sink = io.BytesIO()
+    Image.new("L", (4, 4)).save(sink, "PNG", pnginfo=info)
+    data = model.parent / "data"
+    data.mkdir()
+    rows = [{"row_id": "a", "image": {"bytes": sink.getvalue()}, "caption": "clear"}, {"caption": "Zebulonsky"}]
+    pq.write_table(pa.Table.from_pylist(rows), data / "train-00000.parquet")
+    assert [f"{f.file} {f.place}" for f in check_before_push(model, identifiers)] == [
+        "x.safetensors metadata entry",
+        "y.safetensors names of tensors",
+    ]
+    found = [f.place for f in check_before_push(data, identifiers, "dataset")]
+    assert "column caption, row 1" in found
+    assert "column image, row 0: text chunk" in found
+
+
+def test_leftovers_of_runs_and_files_of_patients_are_found_by_kind(model, identifiers):
+    for name in (
+        "optimizer.safetensors",
+        "events.out.tfevents.1",
+        "train.log",
+        "patients.csv",
+        "a.nii.gz",
+        "x.pt",
+        "s.key",
+    ):
+        (model / name).write_bytes(b"\0\0\0\0\0\0\0\0")
+    Image.new("L", (4, 4)).save(model / "film.png")
+    (model / "scan").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 8)
+    (model / "renamed.json").write_bytes(b"\x80\x04pickled")
+    (model / "link.txt").symlink_to("/etc/hostname")
+    kinds = {finding.file: finding.kind for finding in reversed(check_before_push(model, identifiers))}
+    assert kinds["optimizer.safetensors"] == "state of a training run"
+    assert kinds["events.out.tfevents.1"] == kinds["train.log"] == "log"
+    assert kinds["patients.csv"] == "table"
+    assert kinds["a.nii.gz"] == kinds["scan"] == "volume or DICOM file"
+    assert kinds["film.png"].startswith("picture")
+    assert kinds["x.pt"].startswith("pickled")
+    assert kinds["renamed.json"].startswith("pickled")
+    assert kinds["s.key"] == "key or secret"
+    assert kinds["link.txt"] == "link out of the folder"
+
+
+def test_a_file_named_after_a_patient_is_found_without_naming_it(model, identifiers):
+    (model / "Zebulonsky.json").write_text("{}")
+    findings = check_before_push(model, identifiers)
+    assert len(findings) == 1
+    assert "ebulon" not in str(findings[0])
+
+
+def test_an_identifier_across_two_blocks_is_found_once(model, identifiers, monkeypatch):
+    monkeypatch.setattr("medclip_hf.hub.push_checks.TEXT_BLOCK", 1000)
+    (model / "notes.txt").write_text("x" * 10 + " word" * 196 + " PX-774411" + " word\n" * 400)
+    findings = check_before_push(model, identifiers)
+    assert [(f.file, f.place) for f in findings] == [("notes.txt", "line 1")]
+
+
+def test_parts_of_names_can_be_allowed_but_not_whole_names(model, identifiers):
+    (model / "notes.txt").write_text("The Zebulonsky sign.\n")
+    assert check_before_push(model, identifiers, allowed_words=["Zebulonsky"]) == []
+    (model / "notes.txt").write_text("Martha Zebulonsky\n")
+    assert check_before_push(model, identifiers, allowed_words=["Zebulonsky", "Martha"])
+
+
+def test_bytes_behind_the_tensors_are_found(model, identifiers):
+    with (model / "model.safetensors").open("ab") as file:
+        file.write(b"Zebulonsky")
+    assert [f.kind for f in check_before_push(model, identifiers)] == ["bytes that belong to no tensor"]
+
+
+def test_a_search_set_reads_back_and_needs_its_key(tmp_path, identifiers):
+    identifiers.save(tmp_path / "set.json")
+    text = (tmp_path / "set.json").read_text()
+    assert (tmp_path / "set.json").stat().st_mode & 0o077 == 0
+    assert "zebul" not in text.casefold()
+    again = SearchSet.load(tmp_path / "set.json", Pseudonyms(b"k" * KEY_BYTES))
+    assert [hit.kind for hit in again.search("PX-774411")] == ["identifier"]
+    assert identifiers.num_too_short == 1  # "12"
+    with pytest.raises(ValueError, match="another key"):
+        SearchSet.load(tmp_path / "set.json", Pseudonyms(b"x" * KEY_BYTES))
+
+
+def push(repository, capfd, *arguments):
+    path = repository / "scripts" / "push_to_hub.py"
+    specification = importlib.util.spec_from_file_location("push_to_hub", path)
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    code = script.main(list(map(str, arguments)))
+    return code, capfd.readouterr()
+
+
+def test_the_script_stops_at_a_finding_and_lists_a_clean_folder(repository, model, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("nothing may leave"))
+    key = tmp_path / "k"
+    search_set = SearchSet(read_or_create_key(key))
+    search_set.add(VALUES)
+    search_set.save(tmp_path / "k.identifiers.json")
+    code, printed = push(repository, capfd, model, "a/b", "--key", key, "--dry-run")
+    assert code == 0, printed.err
+    assert "clean: 4 files" in printed.out
+    (model / "config.json").write_text('{"_name_or_path": "/home/zoe/PX-774411"}')
+    code, printed = push(repository, capfd, model, "a/b", "--key", key)
+    assert code == 1
+    assert "config.json (line 1)" in printed.err
+    assert "774411" not in printed.err
+    assert push(repository, capfd, model, "a/b")[0] == 2
+
+
+def test_the_script_takes_identifiers_from_a_table(repository, model, tmp_path, capfd):
+    table = tmp_path / "t.csv"
+    table.write_text("pid,name\nPX-774411,Zebulonsky\n")
+    (model / "README.md").write_text("PX774411\n")
+    options = ("--table", table, "--identifying-columns", "pid,name", "--dry-run")
+    assert push(repository, capfd, model, "a/b", *options)[0] == 1
+    code, printed = push(repository, capfd, model, "a/b", *options, "--separator", ";")
+    assert code == 2
+    assert "separator" in printed.err
