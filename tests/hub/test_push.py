@@ -4,14 +4,19 @@ import json
 import time
 
 import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfApi, constants
+from safetensors.numpy import save
 
 from medclip_hf.hub import push
 from medclip_hf.hub.errors import HubError, hub_errors
 from medclip_hf.hub.push import files_to_push, push_folder
 
 REPOSITORY = "clinic/model"
+WEIGHTS, OLD_WEIGHTS = save({"weight": np.ones(3)}), save({"weight": np.zeros(3)})
 
 
 @pytest.fixture
@@ -29,7 +34,7 @@ def folder(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Model\n")
-    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
     (folder / ".eval_results").mkdir()
     (folder / ".eval_results" / "medclip_hf.yaml").write_text("[]")
     return folder
@@ -41,7 +46,7 @@ def test_a_push_makes_a_private_repository_with_every_file_in_one_commit(hub, ap
     assert repository.is_private
     assert len(repository.history) == 2  # the empty one, and ours
     assert repository.history[-1].sha == pushed.commit
-    assert repository.files["model.safetensors"] == b"weights"
+    assert repository.files["model.safetensors"] == WEIGHTS
     assert set(pushed.files) == {".eval_results/medclip_hf.yaml", "README.md", "config.json", "model.safetensors"}
     assert pushed.url == f"{hub.url}/{REPOSITORY}"
 
@@ -70,8 +75,8 @@ def test_the_same_push_twice_makes_no_second_commit(hub, api, folder):
 def test_weights_of_an_earlier_push_go_with_the_commit_that_replaces_them(hub, api, folder):
     push_folder(folder, REPOSITORY, api=api)
     (folder / "model.safetensors").unlink()
-    for name in ("model-00001-of-00001.safetensors", "model.safetensors.index.json"):
-        (folder / name).write_bytes(b"new")
+    (folder / "model-00001-of-00001.safetensors").write_bytes(WEIGHTS)
+    (folder / "model.safetensors.index.json").write_text("{}")
     pushed = push_folder(folder, REPOSITORY, api=api)
     assert pushed.removed == ("model.safetensors",)
     files = hub.repository(REPOSITORY).files
@@ -84,7 +89,7 @@ def test_an_adapter_leaves_the_weights_of_the_model_beside_it_alone(hub, api, fo
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "clinic/base"}))
-    (adapter / "adapter_model.safetensors").write_bytes(b"few weights")
+    (adapter / "adapter_model.safetensors").write_bytes(WEIGHTS)
     assert push_folder(adapter, REPOSITORY, api=api).removed == ()
     assert "model.safetensors" in hub.repository(REPOSITORY).files
 
@@ -92,8 +97,9 @@ def test_an_adapter_leaves_the_weights_of_the_model_beside_it_alone(hub, api, fo
 def test_a_data_set_sends_its_rows_and_its_card_and_nothing_else(hub, api, tmp_path):
     folder = tmp_path / "rows"
     (folder / "dropped").mkdir(parents=True)
-    for name in ("README.md", "train-00000.parquet", "report.json", "dropped/train.jsonl"):
+    for name in ("README.md", "report.json", "dropped/train.jsonl"):
         (folder / name).write_text("x")
+    pq.write_table(pa.table({"caption": ["left"]}), folder / "train-00000.parquet")
     push_folder(folder, "clinic/rows", repo_type="dataset", api=api)
     assert set(hub.repository("clinic/rows", "dataset").files) == {".gitattributes", "README.md", "train-00000.parquet"}
 
@@ -135,16 +141,16 @@ def test_each_failure_is_a_sentence_and_leaves_no_repository(hub, hub_server, ap
     assert hub.repository(REPOSITORY) is None
     hub.faults = []
     push_folder(folder, REPOSITORY, api=api)  # and the same push succeeds afterwards
-    assert hub.repository(REPOSITORY).files["model.safetensors"] == b"weights"
+    assert hub.repository(REPOSITORY).files["model.safetensors"] == WEIGHTS
 
 
 def test_a_failed_push_leaves_a_repository_of_before_as_it_was(hub, hub_server, api, folder):
-    hub.add(REPOSITORY, {"model.safetensors": b"old"}, is_private=True)
+    hub.add(REPOSITORY, {"model.safetensors": OLD_WEIGHTS}, is_private=True)
     hub.faults = [hub_server.Fault("PUT /lfs/", 403)]
     with pytest.raises(HubError):
         push_folder(folder, REPOSITORY, api=api, patience_s=3)
     assert len(hub.repository(REPOSITORY).history) == 2
-    assert hub.repository(REPOSITORY).files["model.safetensors"] == b"old"
+    assert hub.repository(REPOSITORY).files["model.safetensors"] == OLD_WEIGHTS
 
 
 def test_a_passing_failure_is_waited_out(hub, hub_server, api, folder, monkeypatch):
@@ -291,6 +297,13 @@ def test_an_adapter_whose_base_is_a_folder_of_this_disk_is_refused(api, folder, 
 def test_what_the_check_finds_stops_the_push(hub, api, folder):
     with pytest.raises(ValueError, match=r"Nothing was sent: the check of final found 1 problems: rows\.csv: a name"):
         push_folder(folder, REPOSITORY, api=api, check=lambda folder: ["rows.csv: a name"])
+    assert hub.requests == []
+
+
+def test_without_a_check_of_ones_own_paths_and_tokens_are_looked_for(hub, api, folder):
+    (folder / "README.md").write_text("Started from /home/jane/models/base.")
+    with pytest.raises(ValueError, match=r"README\.md .*path of a disk"):
+        push_folder(folder, REPOSITORY, api=api)
     assert hub.requests == []
 
 

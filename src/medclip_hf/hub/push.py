@@ -21,6 +21,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from medclip_hf.data.engine.publish import PUBLISHED_FILES
 from medclip_hf.hub.cards import ModelFacts, write_card
 from medclip_hf.hub.errors import HubError, hub_errors
+from medclip_hf.hub.push_checks import check_before_push
 from medclip_hf.hub.results import checked_repository_id
 
 logger = logging.getLogger(__name__)
@@ -88,8 +89,9 @@ def push_folder(
         repo_type: what kind of repository it is.
         private: whether a new repository is private. A public one is then refused: that it is public must be said.
         message: of the commit.
-        check: called with the folder before anything is sent, as `medclip_hf.hub.push_checks` offers it; what it
-            finds stops the push.
+        check: called with the folder before anything is sent; what it finds stops the push. By default
+            `check_before_push` without identifiers of patients: it finds paths, tokens, names of this user and machine,
+            leftovers of runs. What saw patients is pushed by `scripts/push_to_hub.py`, which knows whom to search for.
         api: to reach the Hub with; by default with the token of the environment.
         patience_s: seconds to go on trying while the Hub asks to wait, fails, or does not answer.
 
@@ -100,7 +102,8 @@ def push_folder(
     checked_repository_id(repo_id, "repo_id")
     folder = Path(folder)
     files = files_to_push(folder, repo_type)
-    if check is not None and (findings := list(check(folder))):
+    findings = check_before_push(folder, None, repo_type) if check is None else check(folder)
+    if findings:
         listed = "; ".join(str(finding) for finding in findings[:20])
         raise ValueError(f"Nothing was sent: the check of {folder.name} found {len(findings)} problems: {listed}")
     push = _Push(api or HfApi(), files, repo_id, repo_type, private, message)
