@@ -9,7 +9,7 @@ intervals by patient; by volume, by study and by patient.
 import csv
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from medclip_hf.evaluation.classification import classification_figures
 from medclip_hf.evaluation.ct_zero_shot import RAD_CHESTCT_TO_CT_RATE, published_operating_point
 from medclip_hf.evaluation.intervals import mean_with_interval
+from medclip_hf.evaluation.tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,47 @@ def read_rad_chestct_labels(paths: Sequence[Path], summary: Path | None = None) 
         patient_of = {Path(row[_RAD_CHESTCT_ID]).stem: row["MRN_DEID"] for row in _read_table(summary)}
     patients = [patient_of.get(scan_id, scan_id) for scan_id in scan_ids]
     return _label_table(paths[0], scan_ids, scan_ids, patients, findings, labels)
+
+
+def find_labels(task: Task, folder: Path) -> LabelTable:
+    """The labels of a CT task from the folder of the data set as downloaded.
+
+    Raises:
+        ValueError: the tables are not there, or the task has another layout.
+    """
+    if task.layout == "ct_rate":
+        word = {"validation": "valid", "train": "train"}.get(task.split)
+        name = f"{word}_predicted_labels.csv"
+        places = ("dataset/multi_abnormality_labels", "multi_abnormality_labels", ".")
+        paths = [folder / place / name for place in places] + [folder / f"dataset_multi_abnormality_labels_{name}"]
+        found = [path for path in paths if path.is_file()]
+        if not found:
+            raise ValueError(
+                f"no label table of the split {task.split!r} of CT-RATE below {folder}: expected {paths[0]}"
+            )
+        return read_ct_rate_labels(found[0], task.class_names or ())
+    if task.layout == "rad_chestct":
+        words = {"train": "imgtrain", "validation": "imgvalid", "test": "imgtest"}
+        chosen = [words[task.split]] if task.split in words else list(words.values())
+        paths = [folder / f"{word}_Abnormality_and_Location_Labels.csv" for word in chosen]
+        if not all(path.is_file() for path in paths):
+            raise ValueError(f"no label tables of Rad-ChestCT in {folder}: expected {[path.name for path in paths]}")
+        summary = folder / "Summary_3630.csv"
+        return read_rad_chestct_labels(paths, summary if summary.is_file() else None)
+    raise ValueError(f"{task.name} has the layout {task.layout}; CT labels are read of ct_rate and rad_chestct")
+
+
+def with_findings_of(table: LabelTable, path: Path) -> LabelTable:
+    """The labels of those findings that a table of scores has: a model scores those whose anatomy it knows.
+
+    Raises:
+        ValueError: there is none.
+    """
+    header = _read_table(path)[0]
+    kept = [place for place, name in enumerate(table.findings) if name in header]
+    if not kept:
+        raise ValueError(f"{path} has none of the findings {list(table.findings)}")
+    return replace(table, findings=tuple(table.findings[place] for place in kept), labels=table.labels[:, kept])
 
 
 def read_scores(path: Path, table: LabelTable) -> ScoredScans:

@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 _RESULT_VERSION = 1
 _MAX_NAMED = 100  # rows set aside that a result names; all are counted
-_COMPARED = ("auroc", "balanced_accuracy")
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,9 @@ def _pair(
             known=np.logical_and.reduce(masks) if masks else None,
             **resampling,
         )
-        return {name: differences[name].as_dict() for name in _COMPARED if name in differences}
+        # Findings decided at 0.5 are no figure worth a test; the decision of a single label is.
+        compared = ("auroc", "balanced_accuracy") if first.record["figures"]["kind"] == "single-label" else ("auroc",)
+        return {name: differences[name].as_dict() for name in compared if name in differences}
     return _pair_of_hits(first, second, (places, other_places), resampling)
 
 
