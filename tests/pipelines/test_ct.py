@@ -92,6 +92,15 @@ def test_a_file_gives_what_its_array_gives(score, files, volume, mask):
     assert from_file[0]["window"]["affine"] == np.diag([-1.0, -1.0, 3.0, 1.0]).tolist()
 
 
+def test_thick_slices_are_flagged(score, files, tmp_path):
+    thick = [tmp_path / name for name in ("thick.nii", "thick_labels.nii")]
+    for source, target in zip(files, thick, strict=True):
+        image = nibabel.load(source)
+        nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), np.diag([-1.0, -1.0, 7.5, 1.0])), target)
+    flags = score(thick[0], mask=thick[1], findings=FINDINGS)[0]["flags"]
+    assert flags == ["slices 7.5 mm apart, the model's are 3"]
+
+
 def test_batches_lists_and_generators_give_what_single_scans_give(score, files, volume, mask):
     scans = [
         {"image": volume, "mask": mask, **GRID},

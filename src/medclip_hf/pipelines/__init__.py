@@ -7,6 +7,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from medclip_hf.modeling.conceptclip import ConceptCLIPConfig
 from medclip_hf.modeling.fvlm import FVLMConfig
+from medclip_hf.pipelines.inputs import read_picture
 from medclip_hf.pipelines.pipeline_concept_annotation import ConceptAnnotationPipeline
 from medclip_hf.pipelines.pipeline_ct import CTFeatureExtractionPipeline, CTZeroShotClassificationPipeline
 
@@ -47,5 +48,6 @@ __all__ = [
     "CTFeatureExtractionPipeline",
     "CTZeroShotClassificationPipeline",
     "ConceptAnnotationPipeline",
+    "read_picture",
     "register_pipelines",
 ]

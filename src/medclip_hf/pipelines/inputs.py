@@ -68,14 +68,14 @@ class ScanFile:
         values: (D, H, W) int16, Hounsfield units.
         mask: (D, H, W) uint8, i + 1 = anatomy i; None where there is none.
         affine: (4, 4), from the index (x, y, z) to RAS+ millimetres.
-        stored_spacing_mm_dhw: of the file, before resampling.
+        slice_distance_mm: of the file, before resampling; None where it is not known.
         segmenter: what made the mask; empty for a mask that was given.
     """
 
     values: NDArray[np.int16]
     mask: NDArray[np.uint8] | None
     affine: NDArray[np.float64]
-    stored_spacing_mm_dhw: tuple[float, float, float]
+    slice_distance_mm: float | None = None
     segmenter: str = ""
 
 
@@ -106,19 +106,25 @@ def read_scan_file(
         ValueError: the scan cannot be used (`UnusableScan`), or the segmenter is not there.
     """
     options: dict[str, Any] = {"series_uid": series_uid, "rescale": Rescale(*rescale) if rescale else None}
-    stored = read_volume(path, orientation=contract.orientation, **options)
+    made_by = ""
     with tempfile.TemporaryDirectory() as folder:
         if mask is None and segmenter is not None:
             chosen = Segmenter.from_text(segmenter)
+            stored = read_volume(path, orientation=contract.orientation, **options)
             mask, label_version = segment(stored, chosen, Path(folder) / "labels.nii.gz"), chosen.label_version
             made_by = chosen.name
-        else:
-            made_by = ""
         scan = load_ct(path, contract, labels_path=mask, label_version=label_version, anatomies=anatomies, **options)
-    return ScanFile(
-        scan.image.values,
-        None if scan.anatomy_mask is None else scan.anatomy_mask.values,
-        scan.image.affine,
-        stored.spacing_mm_dhw,
-        made_by,
-    )
+    mask_values = None if scan.anatomy_mask is None else scan.anatomy_mask.values
+    return ScanFile(scan.image.values, mask_values, scan.image.affine, _slice_distance_mm(path), made_by)
+
+
+def _slice_distance_mm(path: Path) -> float | None:
+    """Distance of the slices of a NIfTI file, from its header alone; None for other files."""
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        return None
+    import nibabel
+    from nibabel.affines import voxel_sizes
+
+    affine = nibabel.load(path).affine  # type: ignore[attr-defined]
+    along_body = int(np.abs(affine[2, :3]).argmax())
+    return float(voxel_sizes(affine)[along_body])

@@ -157,8 +157,10 @@ class _CTPipeline(_Pipeline):
         flags = []
         if scan.segmenter:
             flags.append(f"mask made by {scan.segmenter}, not checked by a person")
-        if scan.stored_spacing_mm_dhw[0] > _THICK * contract.spacing_mm_dhw[0]:
-            flags.append(f"slices {scan.stored_spacing_mm_dhw[0]:.1f} mm apart, the model's are finer")
+        if scan.slice_distance_mm is not None and scan.slice_distance_mm > _THICK * contract.spacing_mm_dhw[0]:
+            flags.append(
+                f"slices {scan.slice_distance_mm:.1f} mm apart, the model's are {contract.spacing_mm_dhw[0]:g}"
+            )
         width, height, depth = np.linalg.norm(scan.affine[:3, :3], axis=0).tolist()
         grid = {"affine": scan.affine.tolist(), "spacing_mm_dhw": (depth, height, width)}
         return self._prepared(scan.values, scan.mask, flags, grid)
