@@ -86,6 +86,11 @@ def main(command_line: list[str] | None = None) -> int:
     write_json(options.output, {"data": described(data), "runs": [as_dict(run, data) for run in runs], **kept(figures)})
     print(as_table(figures).as_text())
     print(f"\nMeans over seeds with 95 % intervals by test patient; ± over seeds. {options.output}")
+    stopped = sum(not run.is_converged for run in runs)
+    if stopped:
+        sys.stderr.write(
+            f"{stopped} of {len(runs)} fits were stopped before they met the tolerance; see is_converged\n"
+        )
     return 0
 
 

@@ -216,6 +216,7 @@ def test_unknown_findings_are_read_as_not_known(files):
     [
         (["--label", "colour"], "has no column colour"),
         (["--findings", "cyst,kind"], "row 1, column 'kind'"),
+        (["--findings", "cyst,,nodule"], "a column of its own"),
         (["--label", "kind", "--split", "kind"], "row 1: split 'x'"),
         (["--label", "kind", "--c", "0.1,-1"], "C must be positive"),
         (["--label", "kind", "--fractions", "2"], "fractions in (0, 1]"),
@@ -236,6 +237,9 @@ def test_features_and_table_of_different_length_or_kind_are_refused(script, file
     save_file({"features": np.zeros((3, 2), np.float32)}, files / "features.safetensors")
     assert run_script(script, files, "--label", "kind") == 2
     assert "has 300 rows" in capsys.readouterr().err
+    (files / "table.csv").write_bytes(b"kind,split\n\xff\xfe,train\n")
+    assert run_script(script, files, "--label", "kind") == 2
+    assert "table.csv is no CSV in UTF-8" in capsys.readouterr().err
     np.savez(files / "features.npz", features=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="plain arrays"):
         load_probe_data(files / "features.npz", files / "table.csv", label_column="kind")

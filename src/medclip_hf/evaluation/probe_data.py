@@ -55,6 +55,8 @@ def load_probe_data(
     """
     if (label_column is None) == (not finding_columns):
         raise ValueError("name either the column of the label or the columns of the findings")
+    if "" in finding_columns or len(set(finding_columns)) < len(finding_columns):
+        raise ValueError(f"each finding needs a column of its own, got {list(finding_columns)}")
     features = read_features(features_path)
     rows = _read_table(table_path, [label_column or "", *finding_columns, split_column, patient_column or ""])
     if len(rows) != len(features):
@@ -112,12 +114,16 @@ def read_features(path: Path) -> Floats:
 
 
 def _read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [column for column in columns if column and column not in (reader.fieldnames or [])]
-        if missing:
-            raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or [])}")
-        return [{name: (row[name] or "").strip() for name in columns if name} for row in reader]
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            there = list(reader.fieldnames or [])
+            missing = [column for column in columns if column and column not in there]
+            if missing:
+                raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(there)}")
+            return [{name: (row[name] or "").strip() for name in columns if name} for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV in UTF-8: {error}") from error
 
 
 def _classes(path: Path, values: list[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
