@@ -58,9 +58,11 @@ PROMPTS = {
     ],
 }
 SPACING_MM = (8.0, 8.0, 8.0)
-ALL_TARGETS = "[query, key, value, attention_output, mlp_in, mlp_out]"
+ALL_TARGETS = "query, key, value, attention_output, mlp_in, mlp_out"
+LORA = ("method.mode=lora", "method.rank=16", "method.alpha=32", "training.learning_rate=5.0e-3")
 METHODS = {
-    "LoRA, rank 16": ("method.mode=lora", "method.rank=16", "method.alpha=32", "training.learning_rate=5.0e-3"),
+    "LoRA, rank 16": (*LORA, f"method.targets=[{ALL_TARGETS}]"),
+    "LoRA, rank 16, words too": (*LORA, f"method.targets=[{ALL_TARGETS}, word_embeddings]"),
     "full": ("method.mode=full", "training.learning_rate=1.0e-3"),
 }
 
@@ -150,7 +152,6 @@ def train(options: argparse.Namespace, run: Path, overrides: tuple[str, ...]) ->
         f"model.from_pretrained={options.model}",
         f"data.folder={options.output / 'new'}",
         f"training.output_dir={run}",
-        f"method.targets={ALL_TARGETS}",
         "training.num_epochs=null",
         f"training.max_steps={options.steps}",
         "training.batch_size_per_process=32",

@@ -119,7 +119,8 @@ def test_every_adapter_parameter_gets_a_gradient_and_the_base_none(bases, tmp_pa
     assert all("lora" in name or "classifier" in name for name in trained)
     assert all(parameter.grad is None for name, parameter in adapted.named_parameters() if name not in trained)
     towers = 2 if kind in ("ConceptCLIPModel", "FVLMModel") else 1
-    assert sum("lora_A" in name for name in trained) == towers * 2 * len(TARGETS)  # two blocks a tower
+    assert sum("lora_A" in name for name in trained) == towers * 2 * (len(TARGETS) - 1)  # two blocks a tower
+    assert sum("lora_embedding_A" in name for name in trained) == towers - 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,6 +212,8 @@ def test_targets_and_towers_are_named(bases):
     assert pattern == r"text_model\.encoder\.layer\.\d+\.(attention\.self\.query)"
     with pytest.raises(ValueError, match="no text tower"):
         target_pattern(load(bases, "FVLMForAnatomyClassification")[0], AdapterSettings(towers=("text",)))
+    with pytest.raises(ValueError, match=r"none of method\.targets"):
+        target_pattern(model, AdapterSettings(targets=("word_embeddings",), towers=("vision",)))
     with pytest.raises(ValueError, match="querry"):
         AdapterSettings(targets=("querry",))
     with pytest.raises(ValueError, match="rank"):

@@ -59,7 +59,9 @@ _LAYERS = {
         "mlp_out": r"output\.dense",
     },
 }
-TARGETS = tuple(_LAYERS["vision"])
+# Not in the blocks: for words that the pre-training never met, whose embeddings are as they were drawn.
+_WORD_EMBEDDINGS = r"text_model\.embeddings\.word_embeddings"
+TARGETS = (*_LAYERS["vision"], "word_embeddings")
 _SAMPLED_VALUES = 256
 
 
@@ -72,7 +74,7 @@ class AdapterSettings:
         alpha: the update is scaled by alpha / rank.
         dropout: on the input of the update.
         use_dora: learn the magnitude of each column beside the update (Liu et al., "DoRA", 2024): a little slower.
-        targets: layers of a block, out of `TARGETS`.
+        targets: layers of a block, out of `TARGETS`; "word_embeddings" is the text tower's table.
         towers: "vision", "text"; None: those that the model has.
     """
 
@@ -154,10 +156,15 @@ def target_pattern(model: Any, settings: AdapterSettings) -> str:
         raise ValueError(
             f"{type(model).__name__} has no {missing[0]} tower to adapt: it has {has}. Set method.towers to null."
         )
-    parts = [
-        rf"{_BLOCKS[model_type][tower]}\.({'|'.join(_LAYERS[tower][target] for target in settings.targets)})"
-        for tower in towers
-    ]
+    parts = []
+    for tower in towers:
+        layers = "|".join(_LAYERS[tower][target] for target in settings.targets if target in _LAYERS[tower])
+        if layers:
+            parts.append(rf"{_BLOCKS[model_type][tower]}\.({layers})")
+        if tower == "text" and "word_embeddings" in settings.targets:
+            parts.append(_WORD_EMBEDDINGS)
+    if not parts:
+        raise ValueError(f"none of method.targets={list(settings.targets)} is in the towers {list(towers)}.")
     return "|".join(parts)
 
 

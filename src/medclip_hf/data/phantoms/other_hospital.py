@@ -2,7 +2,9 @@
 
 What changes, and nothing else (anatomy, findings, their places and their frequency stay):
 
-- noise: a low-dose protocol, several times the noise of `torsos.TorsoSettings` before the reconstruction kernel;
+- noise: a low-dose protocol: several times the noise of `torsos.TorsoSettings` before the reconstruction kernel, and
+  blotches of about a centimetre, as photon starvation and iterative reconstruction leave them. The fine noise averages
+  out where voxels of several millimetres are made of it, the blotches do not;
 - spacing: slices almost twice as thick, and a wider field of view, so that fewer voxels show a finding;
 - wording: every term of the reports by which a finding is named, and every sentence on what is normal, in other words
   (`reword`). Sides, places and sizes are told as before.
@@ -10,9 +12,15 @@ What changes, and nothing else (anatomy, findings, their places and their freque
 
 import csv
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
 
 from medclip_hf.data.phantoms.torso_files import TABLE_NAMES, write_ct_rate
 from medclip_hf.data.phantoms.torsos import TorsoSettings
@@ -20,6 +28,8 @@ from medclip_hf.data.phantoms.torsos import TorsoSettings
 NOISE_HU = (110.0, 170.0)
 SLICE_SPACING_MM = (10.0, 12.0)
 IN_PLANE_EXTENT_MM = (400.0, 440.0)
+BLOTCH_HU = (250.0, 350.0)  # standard deviation
+BLOTCH_SIGMA_MM = 5.0  # of the Gaussian that makes blotches of white noise
 _REWORDED_COLUMNS = ("Findings_EN", "Impressions_EN")
 
 # Longer phrases stand before their parts.
@@ -144,8 +154,34 @@ def write_other_hospital(
         settings=other_hospital(settings),
         num_workers=num_workers,
     )
+    for path in paths:
+        _add_blotches(path, np.random.default_rng([seed, zlib.crc32(path.name.encode())]))
     _reword_table(Path(folder) / "dataset" / "radiology_text_reports" / f"{TABLE_NAMES[split]}_reports.csv")
     return paths
+
+
+def blotches(shape: Sequence[int], spacing_mm: Sequence[float], rng: np.random.Generator) -> NDArray[np.float32]:
+    """Correlated noise in Hounsfield units; how strong it is, is drawn for each scan.
+
+    Args:
+        shape: voxels.
+        spacing_mm: along the same axes.
+        rng: of everything drawn.
+    """
+    white = rng.standard_normal(tuple(shape), dtype=np.float32)
+    smooth = ndimage.gaussian_filter(white, [BLOTCH_SIGMA_MM / mm for mm in spacing_mm], mode="reflect")
+    return smooth * np.float32(rng.uniform(*BLOTCH_HU) / smooth.std())
+
+
+def _add_blotches(path: Path, rng: np.random.Generator) -> None:
+    """Rewrite a scan with blotches."""
+    import nibabel as nib
+
+    image: Any = nib.load(path)
+    values = np.asarray(image.dataobj, dtype=np.float32)
+    noisy = values + blotches(values.shape, image.header.get_zooms()[:3], rng)
+    clipped = np.clip(np.rint(noisy), -1024, 3071).astype(np.int16)
+    nib.save(nib.Nifti1Image(clipped, image.affine), path)
 
 
 def _reword_table(path: Path) -> None:
