@@ -470,9 +470,10 @@ def write_all(
         for picture_name, content in pictures.items():
             (folder / task_name / f"{picture_name}.png").write_bytes(content)
         write_page(folder / task_name / "report.html", of_models, comparisons, pictures)
-    bars = bars_by_modality(results)
-    if bars is not None:
-        (folder / "by_modality.png").write_bytes(bars)
+    for name, is_ct in (("by_modality", False), ("by_modality_ct", True)):  # no model does both
+        bars = bars_by_modality(results, is_ct=is_ct)
+        if bars is not None:
+            (folder / f"{name}.png").write_bytes(bars)
 
 
 def p_text(value: float | None) -> str:
@@ -557,12 +558,13 @@ def recall_bars(of_models: Sequence[StoredResult]) -> bytes:
     return bar_chart_with_intervals(rows, axis_label="recall", title=of_models[0].record["title"])
 
 
-def bars_by_modality(results: Mapping[str, Sequence[StoredResult]]) -> bytes | None:
-    """The main figure of every classification task by modality and name; None where there is none."""
+def bars_by_modality(results: Mapping[str, Sequence[StoredResult]], *, is_ct: bool) -> bytes | None:
+    """AUROC of every classification task, of CT scans or of images, by modality and name; None where there is none."""
+    wanted = "ct_zero_shot" if is_ct else "zero_shot_classification"
     rows: dict[str, dict[str, Interval]] = {}
     for task_name, of_models in results.items():
         for stored in of_models:
-            if stored.record["task_type"] != "retrieval":
+            if stored.record["task_type"] == wanted:
                 name = f"{stored.record['modality'] or 'other'}: {task_name}"
                 rows.setdefault(name, {})[stored.model] = Interval(**stored.record["figures"]["overall"]["auroc"])
     if not rows:
