@@ -241,3 +241,13 @@ def test_a_threshold_that_nothing_reaches_is_ready_for_json():
     figures = classification_figures([[0.1], [0.9]], [[0], [1]], ["cyst"], thresholds=float("inf"), num_resamples=0)
     assert figures.overall["sensitivity"].value == 0.0
     assert json.loads(json.dumps(figures.as_dict(), allow_nan=False))["settings"]["thresholds"] == ["inf"]
+
+
+def test_curves_and_thresholds_refuse_what_is_no_score_or_label():
+    for function in (roc_curve_band, precision_recall_band, lambda *given: threshold_at_specificity(*given, 0.9)):
+        with pytest.raises(ValueError, match="finite"):
+            function([0.1, np.nan], [0, 1])
+        with pytest.raises(ValueError, match="0 or 1"):
+            function([0.1, 0.2], [0, -1])
+    with pytest.raises(ValueError, match="there are none"):
+        threshold_at_specificity([0.1], [1], 0.9)

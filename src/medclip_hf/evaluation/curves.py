@@ -103,9 +103,9 @@ def threshold_at_specificity(scores: ArrayLike, labels: ArrayLike, specificity: 
         specificity: in (0, 1].
 
     Raises:
-        ValueError: no negative, a specificity outside (0, 1].
+        ValueError: no negative, a specificity outside (0, 1], scores that are not finite or not like the labels.
     """
-    values, truth = np.asarray(scores, dtype=np.float64), np.asarray(labels).astype(bool)
+    values, truth = _checked(scores, labels)
     if not 0.0 < specificity <= 1.0:
         raise ValueError(f"specificity must lie in (0, 1], got {specificity}")
     if truth.all():
@@ -178,9 +178,7 @@ def _band(
     confidence: float,
     seed: int,
 ) -> CurveBand | None:
-    values, truth = np.asarray(scores, dtype=np.float64), np.asarray(labels).astype(bool)
-    if values.ndim != 1 or values.shape != truth.shape or not np.isfinite(values).all():
-        raise ValueError(f"scores must be finite and like labels (N,), got {values.shape} and {truth.shape}")
+    values, truth = _checked(scores, labels)
     if not truth.any() or truth.all():
         return None
     ranked = RankedClass(values, truth)
@@ -195,6 +193,15 @@ def _band(
     tail = 0.5 * (1.0 - confidence)
     low, high = np.quantile(drawn, [tail, 1.0 - tail], axis=0)
     return CurveBand(_GRID, curve, low, high)
+
+
+def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
+    values, truth = np.asarray(scores, dtype=np.float64), np.asarray(labels)
+    if values.ndim != 1 or values.shape != truth.shape or not np.isfinite(values).all():
+        raise ValueError(f"scores must be finite and like labels (N,), got {values.shape} and {truth.shape}")
+    if truth.dtype != bool and not np.isin(truth, (0, 1)).all():
+        raise ValueError(f"labels must be 0 or 1, got {np.unique(truth)[:5].tolist()}; set unknown labels aside first")
+    return values, truth.astype(bool)
 
 
 def _on_grid(on_grid: Callable[[Floats, Floats], Floats], ranked: RankedClass, weights: Floats) -> Floats:
