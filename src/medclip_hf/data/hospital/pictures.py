@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from medclip_hf.data.ct.dicom import is_dicom
-from medclip_hf.data.ct.geometry import UnusableScan
-from medclip_hf.data.ct.reading import read_nifti
 from medclip_hf.data.hospital.grey_levels import (
     UnusablePicture,
     Window,
@@ -129,7 +127,7 @@ def read_pictures(path: Path, settings: PictureSettings) -> list[Picture]:
         return _image_pictures(path, settings)
     except UnusablePicture:
         raise
-    except (UnreadableImage, UnusableScan) as error:
+    except UnreadableImage as error:
         raise UnusablePicture(error.reason) from None  # its detail names the file
     except MemoryError:
         raise
@@ -232,10 +230,21 @@ def _nifti_shape(path: Path) -> tuple[int, ...]:
 
 
 def _nifti_picture(path: Path, settings: PictureSettings) -> Picture:
-    values = read_nifti(path).values
-    if 1 not in values.shape:
+    """A single slice as radiologists look at it: the patient's left on the right, front or head at the top."""
+    import nibabel
+
+    image: Any = nibabel.as_closest_canonical(nibabel.load(path))
+    values = np.asarray(image.dataobj)
+    while values.ndim > 3 and values.shape[-1] == 1:
+        values = values[..., 0]
+    if values.ndim == 2:
+        values = values[..., None]
+    if values.ndim != 3 or 1 not in values.shape or values.dtype.kind not in "iuf":
         raise UnusablePicture("volume in a set of pictures")
-    flat = np.squeeze(values, axis=values.shape.index(1))
+    thin = max(axis for axis in range(3) if values.shape[axis] == 1)
+    flat = np.squeeze(values[::-1, ::-1, ::-1], axis=thin).T
+    if flat.size > MAX_PIXELS:
+        raise UnusablePicture("image has too many pixels")
     levels = windowed(flat, settings.window) if settings.window else stretched(flat)
     return Picture(Image.fromarray(to_eight_bits(levels)))
 

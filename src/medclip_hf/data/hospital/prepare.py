@@ -369,6 +369,9 @@ def _prepare_volumes(
     reports = [folder / f"scan-{number:06d}.json" for number in range(len(rows))]
     _run_parts(job, make, reports, digests, [1] * len(rows), outcome, search_set)
     splits = _splits_of_usable(job, rows, outcome)
+    for volume in (job.output / "volumes" / STORE).iterdir():  # of a run that was killed, or of rows that are gone
+        if volume.name.removesuffix(".zarr") not in outcome.scans:
+            shutil.rmtree(volume)
     for facts in outcome.scans.values():
         facts["split"] = splits[facts["patient_id"]]
     write_text_atomically(job.output / "engine.json", json.dumps(job.engine.of_arrays(), indent=2) + "\n")

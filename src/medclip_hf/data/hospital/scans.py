@@ -107,6 +107,8 @@ class ScanStep:
         seen.add(from_header)
         identifying = (*row.identifying, *from_header)
         scan_id = make.pseudonyms.of("row", row.path, row.series)
+        # Of a file that changed, the engine would take the arrays of before.
+        (make.output / "rows" / STORE / f"{scan_id}.json").unlink(missing_ok=True)
         bare = [make.folder / f"{scan_id}{ending}" for ending in (".nii", "-labels.nii")]
         try:
             _write_bare(read_volume(path, series_uid=row.series or None), bare[0])

@@ -1,0 +1,98 @@
+"""What identifies goes, what describes stays."""
+
+import time
+
+import pytest
+
+from medclip_hf.data.hospital.free_text import TextDeidentifier
+
+pytest.importorskip("presidio_analyzer")
+
+
+@pytest.fixture(scope="module")
+def deidentify() -> TextDeidentifier:
+    return TextDeidentifier()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("CT of 12 March 2021, prior 03/05/2020.", "CT of [DATE], prior [DATE]."),
+        ("Vergleich vom 03.04. mit 2021-03-12", "Vergleich vom [DATE] mit [DATE]"),
+        ("Seen by Dr. Anna van der Berg today", "Seen by Dr. [NAME] today"),
+        ("Electronically signed by: SMITH, JOHN A.", "Electronically signed by: [NAME]"),
+        ("MRN 4711-22, Accession: A123456", "MRN [ID], Accession: [ID]"),
+        ("call +49 30 901820 or (212) 555-1234", "call [PHONE] or [PHONE]"),
+        ("mail a.b@clinic.org, https://x.org/a?b=1", "mail [EMAIL], [URL]"),
+        ("SSN 536-90-4399", "SSN [ID]"),
+        ("UID 1.2.840.113619.2.55.3.604688119", "UID [ID]"),
+        ("93-year-old woman", "[AGE]-year-old woman"),
+        ("wohnhaft Lindenstraße 12, 10115 Berlin", "wohnhaft [ADDRESS]"),
+        ("from St. Mary's Hospital", "from [INSTITUTION]"),
+        ("DOE^JANE^M", "[NAME]"),
+    ],
+)
+def test_what_identifies_becomes_its_kind(deidentify, text, expected):
+    assert deidentify(text).text == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A 2.5 x 3.5 x 12 mm nodule in segment 6/7, 0/12 nodes, SUV 12.5, grade 2/3.",
+        "Degenerative changes at L4/5 and T12-L1. T1 and T2 hyperintense, -1000 to 350 HU.",
+        "Mild cardiomegaly with Kerley B lines. Right Lower Lobe opacity, 45-year-old man.",
+        "Kein Pleuraerguss. Herzgröße normal. May be followed up.",
+    ],
+)
+def test_what_describes_stays(deidentify, text):
+    assert deidentify(text).text == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mueller",
+        "MÜLLER",
+        "Muller, Hans",
+        "Hans-Müller",
+        "Mül\u200bler",
+        "Mu\u0308ller",
+        "Ｍüller",
+        "47-112",
+        "0047112",
+    ],
+)
+def test_what_the_header_says_is_found_however_it_is_written(deidentify, text):
+    result = deidentify(f"we saw {text} again", ["MÜLLER^HANS", "0047112"])
+    assert result.text in ("we saw [NAME] again", "we saw [ID] again")
+
+
+def test_a_name_that_is_an_everyday_word_goes_where_it_is_written_as_a_name(deidentify):
+    assert deidentify("Young asked about the young man", ["Young^Ann"]).text == "[NAME] asked about the young man"
+
+
+def test_a_name_broken_over_a_wrapped_line_is_found(deidentify):
+    text = "The patient was discussed at length in the conference by Dr. Maria\nThrockmorton and others."
+    assert "Throckmorton" not in deidentify(text).text
+
+
+def test_counts_are_by_kind(deidentify):
+    counts = deidentify("Dr. Miller, 12.03.2020 and 13.03.2020", ()).counts
+    assert dict(counts) == {"NAME": 1, "DATE": 2}
+
+
+def test_without_presidio_the_rules_still_work():
+    assert TextDeidentifier(use_presidio=False)("MRN 4711").text == "MRN [ID]"
+
+
+def test_a_model_that_is_not_installed_is_named():
+    with pytest.raises(ValueError, match="not installed"):
+        TextDeidentifier(ner_model="no_such_model")("text")
+
+
+@pytest.mark.parametrize("piece", ["A", "A b. ", "1 ", "A-", "Mr A A A, ", "a@", "a.", "Aa "])
+def test_hostile_texts_take_no_time(piece):
+    started = time.perf_counter()
+    TextDeidentifier(use_presidio=False)(piece * (8000 // len(piece)), ["a^b"])
+    assert time.perf_counter() - started < 5
