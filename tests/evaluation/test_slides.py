@@ -217,7 +217,7 @@ def test_one_marked_tile_of_twelve_tells_the_slide_and_holds_the_attention(gated
     validation, _ = make_bags(20, 1)
     test, marked = make_bags(40, 2)
     model, history = train_mil(train, validation, ["clear", "tumour"], settings, seed=3)
-    assert history[0].keys() == {"epoch", "train_loss", "validation_auroc"}
+    assert history[0].keys() == {"epoch", "train_loss", "validation_auroc", "validation_loss"}
     found = predict_slides(model, test)
     assert macro_auroc(found, [label for _, label in test]) > 0.98
     hits = [found[n].attention.argmax() == marked[n] for n in range(1, 40, 2)]

@@ -137,3 +137,40 @@ def test_inputs_that_do_not_fit_are_refused(model, inputs, change, told):
 def test_a_vocabulary_that_cannot_serve_is_refused(base, answers):
     with pytest.raises(ValueError, match="answers must be different"):
         ConceptCLIPForVisualQuestionAnswering.from_conceptclip(base, answers)
+
+
+def test_the_configuration_says_how_wide_fresh_layers_start(base):
+    cross = {**CROSS, "hidden_size": 64, "initializer_range": 0.3}
+    model = ConceptCLIPForVisualQuestionAnswering.from_conceptclip(base, ANSWERS, cross_modal_config=cross)
+    for layer in (model.image_layers[0].cross_attention.self.query, model.text_pooler, model.stream_embedding):
+        assert layer.weight.std().item() == pytest.approx(0.3, rel=0.2)
+
+
+def test_it_learns_to_answer_by_image_and_question_together():
+    """Is the image of the colour that the question names? Neither alone tells: of all sixteen pairs four are right."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "hidden_size": 32}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = ConceptCLIPConfig(
+        text_config={**sizes, **no_dropout, "vocab_size": 12, "max_position_embeddings": 8},
+        vision_config={**sizes, "image_size": 4, "patch_size": 2, "hidden_act": "gelu"},
+    )
+    cross = {**sizes, **no_dropout, "initializer_range": 0.3}
+    model = ConceptCLIPForVisualQuestionAnswering.from_conceptclip(
+        ConceptCLIPModel(config), ["no", "yes"], cross_modal_config=cross
+    )
+    colours = torch.tensor([[1.0, -1.0, -1.0], [-1.0, 1.0, -1.0], [-1.0, -1.0, 1.0], [1.0, 1.0, 1.0]])
+    shown, asked = (index.flatten() for index in torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"))
+    everything = {
+        "pixel_values": colours[shown][:, :, None, None].expand(-1, -1, 4, 4),
+        "input_ids": torch.stack([torch.full_like(asked, 2), asked + 5, torch.full_like(asked, 3)], dim=1),
+        "labels": (shown == asked).long(),
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98))
+    for _ in range(100):
+        optimizer.zero_grad()
+        model(**everything).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    answers = model.eval()(**everything).logits.argmax(dim=-1)
+    assert torch.equal(answers, everything["labels"])

@@ -35,7 +35,7 @@ class MILSettings:
         learning_rate: of Adam, falling to 0 by a cosine over the epochs.
         weight_decay: of Adam.
         num_epochs: at most.
-        patience: epochs without a better macro AUROC on the validation slides until the training ends.
+        patience: epochs without a better validation until the training ends.
     """
 
     hidden_dim: int = 512
@@ -152,6 +152,8 @@ def train_mil(
 ) -> tuple[AttentionMIL, list[dict[str, float]]]:
     """The classifier of the epoch with the best macro AUROC on the validation slides, and what every epoch gave.
 
+    Of epochs with equal areas it is the one with the lowest validation loss.
+
     One slide a step, all in another order every epoch; equal seeds give equal weights on a CPU.
 
     Args:
@@ -174,20 +176,29 @@ def train_mil(
         optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.num_epochs)
         best: dict[str, Any] | None = None
-        best_value, best_epoch = -1.0, 0
+        best_value, best_epoch = (-1.0, 0.0), 0
         history: list[dict[str, float]] = []
         for epoch in range(settings.num_epochs):
             loss = _train_epoch(model, optimizer, [train[place] for place in order.permutation(len(train))])
             schedule.step()
-            value = macro_auroc(predict_slides(model, validation), [label for _, label in validation])
-            history.append({"epoch": epoch, "train_loss": loss, "validation_auroc": value})
-            if value > best_value:
-                best, best_value, best_epoch = copy.deepcopy(model.state_dict()), value, epoch
+            found, labels = predict_slides(model, validation), [label for _, label in validation]
+            area, validation_loss = macro_auroc(found, labels), mean_loss(found, labels)
+            history.append(
+                {
+                    "epoch": epoch,
+                    "train_loss": loss,
+                    "validation_auroc": area,
+                    "validation_loss": validation_loss,
+                }
+            )
+            # Few slides give few different areas, and the first epoch that has the best one has learned little.
+            if (area, -validation_loss) > best_value:
+                best, best_value, best_epoch = copy.deepcopy(model.state_dict()), (area, -validation_loss), epoch
             elif epoch - best_epoch >= settings.patience:
                 break
     assert best is not None  # num_epochs is at least 1, and an AUROC above -1
     model.load_state_dict(best)
-    logger.info("seed %d: validation AUROC %.4f at epoch %d of %d", seed, best_value, best_epoch + 1, len(history))
+    logger.info("seed %d: validation AUROC %.4f at epoch %d of %d", seed, best_value[0], best_epoch + 1, len(history))
     return model.eval(), history
 
 
@@ -210,6 +221,12 @@ def macro_auroc(predictions: Sequence[MILPrediction], labels: Sequence[int]) -> 
     values = [auroc(scores[:, k], truth == k) for k in range(scores.shape[1])]
     known = [value for value in values if value is not None]
     return float(np.mean(known))
+
+
+def mean_loss(predictions: Sequence[MILPrediction], labels: Sequence[int]) -> float:
+    """Mean cross-entropy of the right classes."""
+    right = [found.probabilities[label] for found, label in zip(predictions, labels, strict=True)]
+    return float(-np.log(np.maximum(right, 1e-12)).mean())
 
 
 def _train_epoch(model: AttentionMIL, optimizer: torch.optim.Optimizer, bags: Sequence[Bag]) -> float:

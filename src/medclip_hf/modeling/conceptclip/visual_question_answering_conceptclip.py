@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec, strict
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -183,6 +184,12 @@ class ConceptCLIPForVisualQuestionAnswering(PreTrainedModel):
     def is_custom_code(cls) -> bool:
         """False, for the reason given in [`ConceptCLIPModel.is_custom_code`]."""
         return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (nn.Linear, nn.Embedding)):  # those of the towers are initialised by their own classes
+            init.normal_(module.weight, std=self.config.cross_modal_config.initializer_range)
 
     def get_input_embeddings(self) -> nn.Module:
         """The word embeddings of the text tower."""
