@@ -95,6 +95,11 @@ def test_a_metric_that_the_validation_does_not_give_is_refused(tiny, tmp_path):
         run(tiny, tmp_path, Scripted({2: 0.5}), best_metric="recall")
 
 
+def test_a_best_metric_without_a_validation_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match="needs a validation"):
+        run(tiny, tmp_path, None)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

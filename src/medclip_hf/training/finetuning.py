@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -170,7 +171,9 @@ def _with_adapter(model: Any, processor: Any, section: BaseSection, method: Meth
     if method.quantization != "none":
         device_map = {"": torch.cuda.current_device()}
         model = quantized_base(type(model), section.from_pretrained, config=model.config, device_map=device_map)
-    base_name = section.adapter_base_name or section.from_pretrained
+    is_folder = Path(section.from_pretrained).is_dir()
+    own_name = str(Path(section.from_pretrained).resolve()) if is_folder else section.from_pretrained
+    base_name = section.adapter_base_name or own_name
     adapted = add_adapter(model, method.adapter_settings(), base_name)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     logger.info("training %s weights of %s", f"{trained:,}", f"{sum(p.numel() for p in adapted.parameters()):,}")

@@ -204,6 +204,11 @@ class _Run:
 
     def prepare(self, resume: bool | str | Path, recipe: Mapping[str, Any]) -> None:
         """Bring the model to its device, and the run to where it starts."""
+        if self.arguments.best_metric is not None and self.evaluate_fn is None:
+            raise ValueError(
+                f"training.best_metric={self.arguments.best_metric} needs a validation, and this run has none. Name a "
+                "validation split, or set best_metric and early_stopping_patience to null."
+            )
         checkpoint = self._checkpoint_to_resume(resume)
         if self.arguments.gradient_checkpointing:
             self.unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -121,7 +121,11 @@ class BaseFacts:
         return cls(name, fingerprint(model), tuple(getattr(model.config, "anatomies", ())), head or None)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write them beside the adapter, with the file from which the Auto classes learn the labels."""
+        """Write them beside the adapter, with the file from which the Auto classes learn the labels.
+
+        PEFT's own card is removed: it names the folder of the base, and says nothing else.
+        """
+        (Path(folder) / "README.md").unlink(missing_ok=True)
         facts = asdict(self)
         head = facts.pop("head")
         write_json(Path(folder) / BASE_FACTS, facts)
