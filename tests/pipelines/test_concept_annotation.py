@@ -1,6 +1,7 @@
 """medical-concept-annotation: concepts with identifiers, scores and places; carried with the model; clear refusals."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from medclip_hf.data.concepts.index import Concept
 from medclip_hf.evaluation.concept_bank import ConceptBank, build_concept_bank
 from medclip_hf.evaluation.encoders import load_encoder
 from medclip_hf.evaluation.zero_shot import classify_images
-from medclip_hf.pipelines import ConceptAnnotationPipeline
+from medclip_hf.pipelines import ConceptAnnotationPipeline, add_pipelines
 from medclip_hf.pipelines.pipeline_concept_annotation import box_of_map, read_concepts
 
 TASK = "medical-concept-annotation"
@@ -129,12 +130,25 @@ def test_a_saved_pipeline_holds_processor_and_code_and_needs_no_trust_where_the_
     AutoProcessor.from_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["custom_pipelines"][TASK]["impl"] == "pipeline_concept_annotation.ConceptAnnotationPipeline"
-    AutoModel.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "resaved")
-    assert "custom_pipelines" in json.loads((tmp_path / "resaved" / "config.json").read_text())
+    AutoModel.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "model_alone")
+    assert not list((tmp_path / "model_alone").glob("pipeline_*.py"))
+    assert "custom_pipelines" not in json.loads((tmp_path / "model_alone" / "config.json").read_text())
+
+
+def test_any_saved_model_can_be_given_its_pipelines(conceptclip_folder, tmp_path):
+    folder = shutil.copytree(conceptclip_folder, tmp_path / "copy")
+    add_pipelines(folder)
+    assert {"pipeline_concept_annotation.py", "pipeline_saving.py", "zero_shot.py"} <= {
+        path.name for path in folder.glob("*.py")
+    }
+    assert json.loads((folder / "config.json").read_text())["custom_pipelines"].keys() == {TASK}
+    with pytest.raises(ValueError, match="holds no model with pipelines"):
+        add_pipelines(tmp_path)
 
 
 STRANGER = """
 import json
+import shutil
 import numpy as np
 from transformers import pipeline
 task, first, second, image, result = sys.argv[1:]
@@ -150,7 +164,7 @@ for folder in (first, second):
     found.append([(e["label"], e["cui"], e["score"], e["box"]) for e in annotate(pixels, concepts=concepts)])
     if folder == first:
         annotate.save_pretrained(second)
-        annotate.model.save_pretrained(second)
+        annotate.model.save_pretrained(second + "_model_alone")
 assert found[0] == found[1], found
 try:
     annotate(pixels)

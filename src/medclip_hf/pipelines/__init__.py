@@ -10,21 +10,22 @@ from medclip_hf.modeling.fvlm import FVLMConfig
 from medclip_hf.pipelines.inputs import read_picture
 from medclip_hf.pipelines.pipeline_concept_annotation import ConceptAnnotationPipeline
 from medclip_hf.pipelines.pipeline_ct import CTFeatureExtractionPipeline, CTZeroShotClassificationPipeline
+from medclip_hf.pipelines.pipeline_saving import add_pipelines
 
 
 class _CarriedPipelines:
     """`config.custom_pipelines`, which looks empty where the package is installed.
 
     What it names is the code in the folder of a model, and transformers runs no such code unless it is trusted. Here
-    the same pipelines are registered already: seeing no others, `pipeline` takes these and needs no trust. The entry
-    itself stays in the configuration and is saved with it.
+    the same pipelines are registered already: seeing no others, `pipeline` takes these and needs no trust. Nor is the
+    entry kept: a model saved without the code of its pipelines must not name them (`add_pipelines` writes both).
     """
 
     def __get__(self, config: Any, owner: type) -> dict[str, Any]:
         return {}
 
     def __set__(self, config: Any, value: dict[str, Any]) -> None:
-        vars(config)["custom_pipelines"] = value
+        """Keep nothing."""
 
 
 def register_pipelines() -> None:
@@ -48,6 +49,7 @@ __all__ = [
     "CTFeatureExtractionPipeline",
     "CTZeroShotClassificationPipeline",
     "ConceptAnnotationPipeline",
+    "add_pipelines",
     "read_picture",
     "register_pipelines",
 ]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import Pipeline
 
-from .pipeline_saving import name_pipelines, save_pipeline
+from .pipeline_saving import forget_pipelines, save_pipeline
 
 try:
     from medclip_hf.evaluation.zero_shot import embed_classes, zero_shot_scores
@@ -104,7 +104,7 @@ class ConceptAnnotationPipeline(_Pipeline):
                 "medical-concept-annotation needs a ConceptCLIP, whose patches and concepts share a space; got "
                 f"{type(self.model).__name__}."
             )
-        name_pipelines(self.model.config)
+        forget_pipelines(self.model.config)
         self._vocabularies: dict[Any, _Vocabulary] = {}
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import Pipeline
 
-from .pipeline_saving import name_pipelines, save_pipeline
+from .pipeline_saving import forget_pipelines, save_pipeline
 
 try:
     from medclip_hf.evaluation.ct_zero_shot import (
@@ -90,7 +90,7 @@ class _CTPipeline(_Pipeline):
         super().__init__(*args, **kwargs)
         if getattr(self.model.config, "model_type", None) != "fvlm":
             raise ValueError(f"{self.task or type(self).__name__} needs an fVLM, got {type(self.model).__name__}.")
-        name_pipelines(self.model.config)
+        forget_pipelines(self.model.config)
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """Results of a scan, or of each of several: see the class."""

@@ -26,12 +26,13 @@ _SIBLING = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 _NEIGHBOUR_ROOMS = ("", "../evaluation")
 
 
-def name_pipelines(config: Any) -> None:
-    """Enter the model's pipelines into its configuration, as names.
+def forget_pipelines(config: Any) -> None:
+    """Take out of a loaded configuration which pipelines its folder carries.
 
-    Also undoes what transformers leaves there after loading one (classes, which no JSON takes).
+    A folder that is written without their code must not name them; and transformers leaves classes there after loading
+    one, which no JSON takes.
     """
-    config.custom_pipelines = _entries(config.model_type)
+    vars(config).pop("custom_pipelines", None)
 
 
 def add_pipelines(folder: str | os.PathLike[str]) -> None:
@@ -101,7 +102,6 @@ def save_pipeline(pipe: Any, folder: str | os.PathLike[str], **kwargs: Any) -> N
     """
     if Path(folder).is_file():
         raise ValueError(f"{folder} is a file. Name a folder to save the pipeline to.")
-    name_pipelines(pipe.model.config)
     pipe.model.save_pretrained(folder, **kwargs)
     pipe.processor.save_pretrained(folder, **kwargs)
-    copy_code(pipe.model.config.model_type, folder)
+    add_pipelines(folder)
