@@ -215,7 +215,7 @@ def find_models(options: argparse.Namespace) -> list[Model]:
     models = []
     for text in options.model:
         name, sign, path = text.partition("=")
-        if not sign:
+        if not sign or Path(text).exists():
             name, path = "", text
         models.append(Model(path, name or default_name(path), is_ct_model(path)))
     names = [model.name for model in models]
@@ -327,13 +327,24 @@ def evaluate(
     if encoder is None:
         stored, groups = evaluate_ct(model, work, settings, options)
     else:
-        columns = dict(pair.split("=", 1) for pair in options.columns if "=" in pair)
-        data = read_task_data(work.task, work.source, columns=columns, uncertain=options.uncertain)
+        data = read_task_data(work.task, work.source, columns=columns_named(options), uncertain=options.uncertain)
         stored, groups = evaluate_images(encoder, work.task, data, settings, options), data.patients
     seconds = time.perf_counter() - start
     print(f"\n{work.task.title}, {stored.record['split']}: {model.name} ({seconds:.1f} s)")
     print(figure_table({model.name: stored.record["figures"]}).as_text())
     return stored, groups
+
+
+def columns_named(options: argparse.Namespace) -> dict[str, str]:
+    """What --columns says.
+
+    Raises:
+        ValueError: a part of it is no pair.
+    """
+    pairs = [text.partition("=") for text in options.columns]
+    if not all(key and sign and column for key, sign, column in pairs):
+        raise ValueError(f"--columns takes pairs such as image=file, got {' '.join(options.columns)}")
+    return {key: column for key, _, column in pairs}
 
 
 def evaluate_images(

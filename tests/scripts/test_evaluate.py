@@ -154,6 +154,10 @@ def test_results_of_other_settings_use_the_same_embeddings(script, place, tmp_pa
         ([], {"task": "slake"}, "this script can evaluate"),
         ([], {"task": "ct_rate"}, "2-D images"),
         (["--dtype", "int8"], {}, "dtype"),
+        (["--top-patches", "0"], {}, "top_patches"),
+        (["--batch-size", "0"], {}, "batch_size"),
+        (["--columns", "image"], {"task": "COLOURS"}, "takes pairs"),
+        (["--columns", "image=absent"], {"task": "COLOURS"}, "absent"),
         (["--split", "train"], {"task": "COLOURS"}, "no row of the split 'train'"),
     ],
 )

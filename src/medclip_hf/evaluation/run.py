@@ -54,6 +54,9 @@ class EvaluationSettings:
         seed: of the bootstrap.
         batch_size: images of a forward pass to start with; halved where memory does not suffice.
         num_workers: processes that decode images.
+
+    Raises:
+        ValueError: a number out of range.
     """
 
     score: ScoreKind = "mixed"
@@ -67,6 +70,18 @@ class EvaluationSettings:
     seed: int = 0
     batch_size: int = DEFAULT_BATCH_SIZE
     num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.top_patches is not None and self.top_patches < 1) or self.batch_size < 1 or self.num_workers < 0:
+            raise ValueError(
+                "expected top_patches ≥ 1, batch_size ≥ 1 and num_workers ≥ 0, got "
+                f"{self.top_patches}, {self.batch_size} and {self.num_workers}"
+            )
+        if not 0.0 <= self.local_weight <= 1.0 or not 0.0 < self.confidence < 1.0 or self.num_resamples < 0:
+            raise ValueError(
+                "expected local_weight in [0, 1], confidence in (0, 1) and num_resamples ≥ 0, got "
+                f"{self.local_weight}, {self.confidence} and {self.num_resamples}"
+            )
 
     @property
     def identity(self) -> dict[str, Any]:
