@@ -297,6 +297,17 @@ def test_what_the_shapes_do_not_tell_is_asked_for(tmp_path, tokenizer):
         convert_checkpoint(other, tmp_path / "out", tokenizer=tokenizer, config=fields)
 
 
+def test_a_field_that_no_configuration_has_is_named(tmp_path, tokenizer):
+    source = write_official(tmp_path / "model.safetensors", conceptclip())
+    for fields, message in (
+        (HEADS | {"open_clip_config": {}}, r"the configuration of conceptclip has no \['open_clip_config'\]"),
+        ({"vision_config": {"num_heads": 2}}, r"vision_config of conceptclip has no \['num_heads'\]"),
+        ({"text_config": 3}, "must be an object with fields"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert_checkpoint(source, tmp_path / "out", tokenizer=tokenizer, config=fields)
+
+
 def test_weights_of_wrong_shapes_are_named(tmp_path, tokenizer):
     official = conceptclip_to_official(conceptclip().state_dict())
     official["visual.trunk.blocks.1.mlp.fc1.weight"] = torch.zeros(20, 11)

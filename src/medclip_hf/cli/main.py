@@ -47,7 +47,7 @@ def _told(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def told(*args: Any, **kwargs: Any) -> None:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        _show_warnings()
         try:
             command(*args, **kwargs)
         except BrokenPipeError:  # `medclip-hf ... | head`: the reader has enough
@@ -61,6 +61,13 @@ def _told(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(MISTAKE) from error
 
     return told
+
+
+def _show_warnings() -> None:
+    """What this package warns of goes to standard error; other packages have handlers of their own."""
+    logger = logging.getLogger("medclip_hf")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
 
 
 @app.command()

@@ -28,7 +28,13 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from medclip_hf.hub import convert_conceptclip, convert_fvlm
 from medclip_hf.hub.checkpoints import Conversion, check_fit, read_weights, weights_file
 from medclip_hf.hub.convert_check import check_folder
-from medclip_hf.hub.convert_configs import Architecture, conceptclip_config, detect_architecture, fvlm_config
+from medclip_hf.hub.convert_configs import (
+    Architecture,
+    check_fields,
+    conceptclip_config,
+    detect_architecture,
+    fvlm_config,
+)
 from medclip_hf.modeling.conceptclip import ConceptCLIPConfig, ConceptCLIPModel
 from medclip_hf.modeling.fvlm import FVLMConfig, FVLMModel
 from medclip_hf.processing.conceptclip import ConceptCLIPProcessor
@@ -114,6 +120,7 @@ def convert_towers(
     Raises:
         ValueError: a tower is incomplete or does not fit.
     """
+    check_fields(ConceptCLIPConfig if architecture == "conceptclip" else FVLMConfig, config)
     torch.manual_seed(0)  # what the towers do not hold starts from here: the same folder from the same towers
     if architecture == "conceptclip":
         values = {"vision_config": {"hidden_act": "gelu"}} | dict(config or {})

@@ -7,9 +7,11 @@ the rest equals theirs, and must be told otherwise: heads, and the size of the i
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Literal
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from medclip_hf.data.ct.anatomy import ALL_ANATOMIES, THORACIC_ANATOMIES
 from medclip_hf.modeling.conceptclip import ConceptCLIPConfig
@@ -77,6 +79,7 @@ def conceptclip_config(weights: Mapping[str, Tensor], overrides: Mapping[str, An
         "text_config": _bert_values(weights),
         "use_patch_concept_alignment": "concept_logit_scale" in weights,
     }
+    check_fields(ConceptCLIPConfig, overrides)
     merged = _merged(values, overrides)
     _require(merged, {"vision_config": ("num_attention_heads",), "text_config": ("num_attention_heads",)})
     return ConceptCLIPConfig.from_dict(merged)
@@ -111,6 +114,7 @@ def fvlm_config(weights: Mapping[str, Tensor], overrides: Mapping[str, Any] | No
     for anatomies in (THORACIC_ANATOMIES, ALL_ANATOMIES):
         if len(anatomies) == num_anatomies:
             values["anatomies"] = anatomies
+    check_fields(FVLMConfig, overrides)
     merged = _merged(values, overrides)
     needed = {"vision_config": ("num_attention_heads", "image_size_dhw"), "text_config": ("num_attention_heads",)}
     _require(merged, needed)
@@ -120,6 +124,27 @@ def fvlm_config(weights: Mapping[str, Tensor], overrides: Mapping[str, Any] | No
             '{"anatomies": ["...", ...]}.'
         )
     return FVLMConfig.from_dict(merged)
+
+
+def check_fields(config_class: type[PreTrainedConfig], given: Mapping[str, Any] | None) -> None:
+    """Refuse fields that a configuration, or that of a tower, does not have.
+
+    Raises:
+        ValueError: naming them.
+    """
+    config: Any = config_class()
+    places: dict[str, tuple[Any, Any]] = {"the configuration": (config, given or {})}
+    for tower in ("vision_config", "text_config"):
+        own = (given or {}).get(tower, {})
+        if not isinstance(own, Mapping):
+            raise ValueError(f"{tower} must be an object with fields, but {own!r} came.")
+        places[tower] = (getattr(config, tower), own)
+    for place, (part, own) in places.items():
+        known = {field.name for field in fields(part)}
+        if unknown := sorted(own.keys() - known):
+            raise ValueError(
+                f"{place} of {config_class.model_type} has no {unknown}. Write the names of its own class."
+            )
 
 
 def _bert_values(weights: Mapping[str, Tensor]) -> dict[str, Any]:
