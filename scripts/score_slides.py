@@ -5,10 +5,10 @@ r"""Classify whole-slide images by attention over their tiles: features, trainin
         --classifier runs/slides/mil.safetensors --output runs/new_slides
 
 The table has the columns slide_id, path, label, split and, if there are any, patient_id and mpp. Without `--classifier`
-one is trained on its train slides, chosen on its validation slides and measured on its test slides; with one, all
-slides are scored. Written are features/ (one file a slide, used again by the next start while slide, contract and model
-are the same), set_aside.csv, mil.safetensors, scores.csv, figures.json and maps/ with the attention of test slides. For
-research only: no medical device.
+one is trained on its train slides, chosen on its validation slides and measured on its test slides; with one, label and
+split may be missing and all slides are scored. Written are features/ (one file a slide, used again by the next start
+while slide, contract and model are the same), set_aside.csv, mil.safetensors, scores.csv, figures.json and maps/ with
+the attention of test slides. For research only: no medical device.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def main(command_line: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Read the table, embed the slides, train or load the classifier, write scores, figures and maps."""
-    rows = read_slide_table(options.slides)
+    rows = read_slide_table(options.slides, to_train=options.classifier is None)
     contract = TileContract(options.tile_px, options.mpp, options.min_tissue)
     settings = MILSettings(gated=options.gated, num_epochs=options.epochs, learning_rate=options.learning_rate)
     require_writable(options.output)
@@ -141,7 +141,8 @@ def run(options: argparse.Namespace) -> None:
     predictions = predict_slides(classifier.to(options.device), bags(slides, places))
     write_scores(options.output / "scores.csv", slides, predictions, class_names)
     tested = [n for n, slide in enumerate(slides) if slide.row.split == "test" or options.classifier]
-    write_figures(options.output, [(slides[n], predictions[n]) for n in tested], class_names, places)
+    labelled = [(slides[n], predictions[n]) for n in tested if slides[n].row.label]
+    write_figures(options.output, labelled, class_names, places)
     for number in tested[: options.maps]:
         write_map(options.output / "maps" / f"{slides[number].row.slide_id}.png", slides[number], predictions[number])
 
@@ -187,12 +188,12 @@ def chosen(slides: Sequence[Embedded], split: str) -> list[Embedded]:
 
 
 def place_labels(slides: Sequence[Embedded], class_names: Sequence[str]) -> dict[str, int]:
-    """Label → place among the classes.
+    """Label → place among the classes; -1 where none is known.
 
     Raises:
         ValueError: a slide with a label that no class has.
     """
-    places = {name: place for place, name in enumerate(class_names)}
+    places = {"": -1} | {name: place for place, name in enumerate(class_names)}
     for slide in slides:
         if slide.row.label not in places:
             raise ValueError(
@@ -228,7 +229,7 @@ def write_figures(
 ) -> None:
     """Figures of the slides that were tested, as JSON and on the screen; nothing where there is none."""
     if not tested:
-        logger.warning("no test slide could be scored: there are no figures")
+        logger.warning("no test slide with a label could be scored: there are no figures")
         return
     figures = classification_figures(
         np.stack([found.probabilities for _, found in tested]),

@@ -176,6 +176,7 @@ def test_features_are_found_again_only_for_the_same_slide_contract_and_encoder(t
         ("slide_id,path,label,split\n", "names no slide"),
         ("slide_id,path,label,split\na,a.tif,x,dev\n", "line 2: split 'dev'"),
         ("slide_id,path,label,split\na,a.tif,,train\n", "line 2: label is empty"),
+        ("slide_id,path,label,split\na,a.tif,x,\n", "line 2: split is empty"),
         ("slide_id,path,label,split\n../a,a.tif,x,train\n", "cannot name a file"),
         ("slide_id,path,label,split\na,a.tif,x,train\na,b.tif,x,train\n", "more than once"),
         ("slide_id,path,label,split\na,a.tif,x,train\nb,a.tif,x,test\n", "same path in several splits"),
@@ -212,8 +213,8 @@ def make_bags(count: int, seed: int, num_tiles: int = 12, num_features: int = 6)
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_one_marked_tile_of_twelve_tells_the_slide_and_holds_the_attention(gated, tmp_path):
-    settings = MILSettings(hidden_dim=16, attention_dim=8, gated=gated, learning_rate=5e-3, num_epochs=30)
-    train, _ = make_bags(60, 0)
+    settings = MILSettings(hidden_dim=16, attention_dim=8, gated=gated, learning_rate=1e-2, num_epochs=15)
+    train, _ = make_bags(50, 0)
     validation, _ = make_bags(20, 1)
     test, marked = make_bags(40, 2)
     model, history = train_mil(train, validation, ["clear", "tumour"], settings, seed=3)

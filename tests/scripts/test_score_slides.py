@@ -134,6 +134,18 @@ def test_new_slides_are_scored_by_a_trained_classifier(script, first_run, tmp_pa
     assert len(list((tmp_path / "maps").glob("*.png"))) == 20
 
 
+def test_new_slides_need_neither_labels_nor_splits(script, first_run, tmp_path):
+    output, command = first_run
+    slides = Path(command[1]).parent
+    (tmp_path / "new.csv").write_text(f"slide_id,path\nnew,{slides / 'test1.tif'}\n")
+    options = [*command[2:4], "--output", str(tmp_path), *OPTIONS, "--classifier", str(output / "mil.safetensors")]
+    assert script.main(["--slides", str(tmp_path / "new.csv"), *options]) == 0
+    (row,) = read(tmp_path / "scores.csv")
+    (known,) = [row for row in read(output / "scores.csv") if row["slide_id"] == "test1"]
+    assert (row["label"], row["p_tumour"]) == ("", known["p_tumour"])
+    assert not (tmp_path / "figures.json").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -44,7 +44,11 @@ class UnusableSlide(ValueError):
 
 @dataclass(frozen=True)
 class SlideRow:
-    """A slide of a table; `patient_id` is the slide's own name and `mpp` None where the table does not tell them."""
+    """A slide of a table.
+
+    `label` is empty where it is not known, `patient_id` the slide's own name and `mpp` None where the table does not
+    tell them.
+    """
 
     slide_id: str
     path: Path
@@ -95,11 +99,13 @@ class TileGrid:
     overview: NDArray[np.uint8]
 
 
-def read_slide_table(path: str | Path) -> list[SlideRow]:
+def read_slide_table(path: str | Path, *, to_train: bool = True) -> list[SlideRow]:
     """The slides of a CSV with the columns slide_id, path, label, split and, if there are any, patient_id and mpp.
 
-    Paths are relative to the table; a split is train, validation (or val) or test; `mpp` is for slides whose files do
-    not tell it.
+    Args:
+        path: of the table. Paths in it are relative to it; a split is train, validation (or val) or test; `mpp` is for
+            slides whose files do not tell it.
+        to_train: False needs neither labels nor splits: a slide without a split is a test slide.
 
     Raises:
         ValueError: a missing column, an empty or unknown value (with its line), a slide named twice, or a patient or
@@ -109,10 +115,11 @@ def read_slide_table(path: str | Path) -> list[SlideRow]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            missing = [name for name in ("slide_id", "path", "label", "split") if name not in (reader.fieldnames or ())]
+            needed = ("slide_id", "path", "label", "split") if to_train else ("slide_id", "path")
+            missing = [name for name in needed if name not in (reader.fieldnames or ())]
             if missing:
                 raise ValueError(f"{path} lacks the columns {missing}.")
-            rows = [_slide_row(record, path, line) for line, record in enumerate(reader, 2)]
+            rows = [_slide_row(record, path, line, needed) for line, record in enumerate(reader, 2)]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
     if not rows:
@@ -350,14 +357,15 @@ def attention_map(attention: ArrayLike, places: ArrayLike, shape: tuple[int, int
     return ranked
 
 
-def _slide_row(record: dict[str, str | None], path: Path, line: int) -> SlideRow:
+def _slide_row(record: dict[str, str | None], path: Path, line: int, needed: Sequence[str]) -> SlideRow:
     values = {name: (value or "").strip() for name, value in record.items() if isinstance(name, str)}
-    empty = [name for name in ("slide_id", "path", "label") if not values.get(name)]
+    empty = [name for name in needed if not values.get(name)]
     if empty:
         raise ValueError(f"{path} line {line}: {empty[0]} is empty.")
-    slide_id, split = values["slide_id"], SPLITS.get(values["split"].lower())
+    slide_id, told_split = values["slide_id"], values.get("split") or "test"
+    split = SPLITS.get(told_split.lower())
     if split is None:
-        raise ValueError(f"{path} line {line}: split {values['split']!r} is none of {sorted(SPLITS)}.")
+        raise ValueError(f"{path} line {line}: split {told_split!r} is none of {sorted(SPLITS)}.")
     if Path(slide_id).name != slide_id or slide_id.startswith("."):
         raise ValueError(f"{path} line {line}: slide_id {slide_id!r} cannot name a file.")
     try:
@@ -367,7 +375,12 @@ def _slide_row(record: dict[str, str | None], path: Path, line: int) -> SlideRow
     if mpp is not None and not 0 < mpp < float("inf"):
         raise ValueError(f"{path} line {line}: mpp must be positive, got {mpp}.")
     return SlideRow(
-        slide_id, path.parent / values["path"], values["label"], split, values.get("patient_id") or slide_id, mpp
+        slide_id,
+        path.parent / values["path"],
+        values.get("label", ""),
+        split,
+        values.get("patient_id") or slide_id,
+        mpp,
     )
 
 
