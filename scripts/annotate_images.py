@@ -6,7 +6,8 @@ r"""Name the concepts that images show, with score, identifier and place, from a
 
 One line an image: its path, its size and its concepts, best first. The vectors of the vocabulary are made once and kept
 in --bank. Broken off, it goes on where it was when started again. With --labels (a CSV: image, then one column of 0 and
-1 for each concept) it measures instead: one AUC per concept. For research only: no medical device.
+1 for each concept), or with --figures (shards of figures with concepts), it measures instead: one AUC per concept. For
+research only: no medical device.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from medclip_hf.data.concepts.index import read_vocabulary
 from medclip_hf.data.images import UnreadableImage, decode_image, open_image, read_file
-from medclip_hf.data.parquet import write_text_atomically
+from medclip_hf.data.parquet import find_shards, record_to_row, write_text_atomically
 from medclip_hf.evaluation.annotation import AnnotationFigures, annotation_figures, embed_prompts, score_images
 from medclip_hf.evaluation.concept_bank import ConceptBank, ConceptHit, annotate_image, build_concept_bank
 from medclip_hf.evaluation.encoders import Encoder, load_encoder
@@ -38,6 +39,8 @@ from medclip_hf.processing.conceptclip import to_rgb
 
 logger = logging.getLogger("annotate_images")
 
+# Images (bytes or paths), what to call them, concepts, labels (N, C).
+Labelled = tuple[list[Any], list[str], list[str], np.ndarray[Any, Any]]
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp2")
 CONCEPT_FIELDS = pa.struct(
     [
@@ -65,7 +68,9 @@ def parse_command_line(command_line: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub name of a ConceptCLIP or CLIP-like model")
     parser.add_argument("--revision", help="of a model on the Hub")
-    parser.add_argument("--images", type=Path, required=True, help="folder, searched with its subfolders")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", type=Path, help="folder, searched with its subfolders")
+    source.add_argument("--figures", type=Path, help="folder of figure shards: measure, captions' concepts being true")
     parser.add_argument("--output", type=Path, required=True, help="file ending in .jsonl or .parquet")
     parser.add_argument("--vocabulary", type=Path, help="JSON lines: concept_id, canonical_name; default: the shipped")
     parser.add_argument("--bank", type=Path, help="folder for the vectors; default: <output>.bank")
@@ -73,12 +78,12 @@ def parse_command_line(command_line: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=10, help="concepts an image")
     parser.add_argument("--shortlist", type=int, help="compare patches with so many concepts only")
     parser.add_argument("--local-weight", type=float, default=0.5, help="of the best patch beside the whole image")
-    parser.add_argument(
-        "--top-patches", type=int, help="with --labels: best patches averaged; default: all, as published"
-    )
+    parser.add_argument("--top-patches", type=int, help="where it measures: best patches averaged; default: all")
     parser.add_argument("--overlays", type=Path, help="folder for a picture of the maps and boxes of each image")
     parser.add_argument("--labels", type=Path, help="CSV of images and concepts: measure one AUC per concept")
-    parser.add_argument("--neutral", action="append", help="with --labels: prompt without a concept")
+    parser.add_argument("--neutral", action="append", help="where it measures: prompt without a concept")
+    parser.add_argument("--split", default="test", help="of --figures")
+    parser.add_argument("--least", type=int, default=5, help="with --figures: a concept must occur in so many of them")
     parser.add_argument("--device", help="default: the accelerator if there is one")
     return parser.parse_args(command_line)
 
@@ -88,7 +93,7 @@ def main(command_line: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     options = parse_command_line(command_line)
     try:
-        return measure(options) if options.labels else annotate(options)
+        return measure(options) if options.labels or options.figures else annotate(options)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -256,36 +261,63 @@ def write_parquet(lines: Path, output: Path) -> None:
 
 
 def measure(options: argparse.Namespace) -> int:
-    """Print and write one AUC per concept of the table of labels; the exit code."""
-    paths, concept_names, labels = read_labels(options.labels)
+    """Print and write one AUC per concept that is labelled; the exit code."""
+    images, names, concept_names, labels = labelled_figures(options) if options.figures else labelled_images(options)
     encoder = load_encoder(options.model, device=options.device, revision=options.revision)
     templates = options.template or ["this image shows {}."]
     neutral = options.neutral or [template.replace(" {}", "").replace("{}", "") for template in templates]
     prompts = embed_prompts(encoder, concept_names, templates, neutral)
-    missing = [path for path in paths if not (options.images / path).is_file()]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} images of {options.labels} are not below {options.images}, first {missing[0]}"
-        )
     scores = score_images(
         encoder,
-        images_of(options.images, paths),
+        tqdm(images, unit="image", disable=None),
         prompts,
         top_patches=options.top_patches,
         local_weight=options.local_weight,
     )
     for position, reason in scores.unreadable:
-        logger.warning("set aside %s: %s", paths[position], reason)
-    kept = np.setdiff1d(np.arange(len(paths)), [position for position, _ in scores.unreadable])
+        logger.warning("set aside %s: %s", names[position], reason)
+    kept = np.setdiff1d(np.arange(len(images)), [position for position, _ in scores.unreadable])
     figures = annotation_figures(scores, labels[kept], concept_names)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(options.output, json.dumps(figures.as_dict(), indent=2, ensure_ascii=False) + "\n")
     print(f"{len(kept)} images, {len(scores.unreadable)} set aside\n{table_of(figures)}")
     return 0
 
 
-def images_of(folder: Path, paths: list[str]) -> Iterator[Path]:
-    """The files, one after another."""
-    yield from (folder / path for path in tqdm(paths, unit="image", disable=None))
+def labelled_images(options: argparse.Namespace) -> Labelled:
+    """The images of --labels.
+
+    Raises:
+        ValueError: as `read_labels`; an image that is not there.
+    """
+    paths, concept_names, labels = read_labels(options.labels)
+    missing = [path for path in paths if not (options.images / path).is_file()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} images of {options.labels} are not below {options.images}, first {missing[0]}"
+        )
+    return [options.images / path for path in paths], paths, concept_names, labels
+
+
+def labelled_figures(options: argparse.Namespace) -> Labelled:
+    """The figures of --figures; what a caption affirms is shown, all else counts as absent.
+
+    Raises:
+        ValueError: no complete split, or no concept in `--least` figures.
+    """
+    shards = find_shards(options.figures, options.split)
+    rows = [record_to_row(record) for shard in shards for record in pq.read_table(shard).to_pylist()]
+    shown = [{c.cui or c.name: c.name for c in row.concepts if not (c.is_negated or c.is_uncertain)} for row in rows]
+    counts = Counter(key for concepts in shown for key in concepts)
+    name_of = {key: name for concepts in shown for key, name in concepts.items()}
+    keys = [key for key, count in counts.most_common() if count >= options.least]
+    # Two concepts of one name are one prompt; the more frequent one keeps it.
+    keys = list({name_of[key].lower(): key for key in reversed(keys) if name_of[key]}.values())[::-1]
+    if not keys:
+        raise ValueError(f"no concept with a name is in {options.least} figures of {options.figures}: lower --least.")
+    labels = np.array([[key in concepts for key in keys] for concepts in shown])
+    images = [row.image_bytes or options.figures / (row.image_path or "") for row in rows]
+    return images, [row.row_id for row in rows], [name_of[key] for key in keys], labels
 
 
 def read_labels(path: Path) -> tuple[list[str], list[str], np.ndarray[Any, Any]]:
