@@ -218,6 +218,37 @@ def test_conceptclip_starts_from_a_siglip_and_a_bert_with_the_exact_gelu(tmp_pat
     assert "text_model.embeddings.word_embeddings.weight" in report["used"]["text_model"]
 
 
+def test_fvlm_starts_from_an_image_encoder_and_a_bert(tmp_path, bert):
+    shapes = {"norm1": (16,), "norm2": (16,), "attn.qkv": (48, 16), "attn.proj": (16, 16)}
+    shapes |= {"mlp.fc1": (20, 16), "mlp.fc2": (16, 20)}
+    mae = {"cls_token": torch.zeros(1, 1, 16), "pos_embed": torch.randn(1, 10, 16)}
+    mae |= {"patch_embed.proj.weight": torch.randn(16, 3, 4, 4), "patch_embed.proj.bias": torch.randn(16)}
+    mae |= {"norm.weight": torch.randn(16), "norm.bias": torch.randn(16)}
+    for name, shape in shapes.items():
+        mae |= {f"blocks.0.{name}.weight": torch.randn(shape), f"blocks.0.{name}.bias": torch.randn(shape[0])}
+    torch.save({"model": mae}, tmp_path / "mae.pth")
+    vision = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+    fields = FVLM_FIELDS | {"vision_config": vision | {"image_size_dhw": [8, 8, 8], "patch_size_dhw": [4, 4, 4]}}
+    del fields["text_config"]
+    report = convert_towers(
+        tmp_path / "out", architecture="fvlm", vision=tmp_path / "mae.pth", text=bert, config=fields
+    )
+    loaded = AutoModel.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.vision_model.post_layernorm.weight, mae["norm.weight"])
+    assert "vision_model.embeddings.patch_embedding.weight" in report["made"]
+    assert "vision_model.post_layernorm.weight" in report["used"]["vision_model"]
+
+
+def test_fields_of_a_tower_are_merged_with_what_is_published(tmp_path, bert):
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+    SiglipTower(SiglipVisionConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "siglip")
+    config = {"vision_config": {"attention_dropout": 0.1}, "use_patch_concept_alignment": False}
+    convert_towers(tmp_path / "out", architecture="conceptclip", vision=tmp_path / "siglip", text=bert, config=config)
+    loaded = AutoModel.from_pretrained(tmp_path / "out").config
+    assert (loaded.vision_config.hidden_act, loaded.vision_config.attention_dropout) == ("gelu", 0.1)
+    assert not loaded.use_patch_concept_alignment
+
+
 def test_the_same_towers_give_the_same_start(tmp_path, bert):
     sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
     SiglipTower(SiglipVisionConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "siglip")

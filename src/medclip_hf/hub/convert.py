@@ -80,7 +80,7 @@ def convert_checkpoint(
     official = read_weights(source)
     try:
         architecture = detect_architecture(official)
-        conversion, model = _plan(official, architecture, config, str(source))
+        conversion, model = _plan(official, architecture, config)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     processor = build_processor(model.config, tokenizer or _tokenizer_beside(source)) if with_processor else None
@@ -123,7 +123,8 @@ def convert_towers(
     check_fields(ConceptCLIPConfig if architecture == "conceptclip" else FVLMConfig, config)
     torch.manual_seed(0)  # what the towers do not hold starts from here: the same folder from the same towers
     if architecture == "conceptclip":
-        values = {"vision_config": {"hidden_act": "gelu"}} | dict(config or {})
+        values = dict(config or {})
+        values["vision_config"] = {"hidden_act": "gelu"} | dict(values.get("vision_config", {}))
         model: PreTrainedModel = _conceptclip_from_towers(vision, text, values)
     else:
         fvlm = FVLMConfig.from_dict(dict(config or {}))
@@ -208,7 +209,7 @@ def export_official(folder: str | Path, path: str | Path) -> dict[str, Any]:
 
 
 def _plan(
-    official: Mapping[str, Tensor], architecture: Architecture, overrides: Mapping[str, Any] | None, source: str
+    official: Mapping[str, Tensor], architecture: Architecture, overrides: Mapping[str, Any] | None
 ) -> tuple[Conversion, PreTrainedModel]:
     """The renamed weights, and the model they are of on the meta device, in their number format."""
     if architecture == "conceptclip":
@@ -221,10 +222,10 @@ def _plan(
         model_class = FVLMModel
     with torch.device("meta"):
         model = model_class(config)
-    check_fit(model, conversion.weights, source)
+    check_fit(model, conversion.weights, "it")
     kinds = {str(value.dtype) for value in conversion.weights.values()}
     if len(kinds) > 1 or not next(iter(conversion.weights.values())).is_floating_point():
-        raise ValueError(f"{source} holds weights of {sorted(kinds)}; expected one floating format. Convert it first.")
+        raise ValueError(f"it holds weights of {sorted(kinds)}; expected one floating format. Convert it first.")
     model.to(dtype=next(iter(conversion.weights.values())).dtype)  # type: ignore[call-arg] # a wrapped method
     return conversion, model.eval()
 

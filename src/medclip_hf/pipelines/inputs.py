@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,10 @@ def read_scan_file(
 
     Raises:
         ValueError: the scan cannot be used (`UnusableScan`), or the segmenter is not there.
+        ImportError: the readers of CT files are not installed.
     """
+    if missing := [name for name in ("nibabel", "pydicom", "monai") if find_spec(name) is None]:
+        raise ImportError(f"reading CT scans needs {', '.join(missing)}: pip install 'medclip-hf[ct]'.")
     options: dict[str, Any] = {"series_uid": series_uid, "rescale": Rescale(*rescale) if rescale else None}
     made_by = ""
     with tempfile.TemporaryDirectory() as folder:
