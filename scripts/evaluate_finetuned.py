@@ -534,10 +534,16 @@ def chosen_outcomes(
 def card_facts(loaded: Loaded, evaluation: Mapping[str, Any], options: argparse.Namespace) -> ModelFacts:
     """What the card says; no path and no identifier."""
     overall = evaluation["figures"]["overall"]
-    shown = [name for name in ("auroc", "auprc", "sensitivity_at_specificity", "ece") if name in overall]
+    told = {
+        "auroc": "AUROC",
+        "auprc": "AUPRC",
+        "sensitivity_at_specificity": f"sensitivity at specificity {options.specificity:g}",
+        "ece": "expected calibration error",
+    }
+    shown = [name for name in told if name in overall]
     measured = tuple(
         MeasuredFigure(
-            metric=f"{name}, mean of {len(evaluation['classes'])} labels",
+            metric=f"{told[name]}, mean of {len(evaluation['classes'])} labels",
             value=overall[name]["value"],
             low=overall[name]["low"],
             high=overall[name]["high"],

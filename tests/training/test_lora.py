@@ -1,10 +1,12 @@
 """Adapters: all of them learn, the base does not, and they go on no other base than their own."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from medclip_hf import ConceptCLIPConfig, ConceptCLIPModel, FVLMConfig, FVLMModel
@@ -183,6 +185,18 @@ def test_a_base_with_other_anatomies_is_refused(bases, tmp_path):
     make_adapter(bases, "FVLMModel", tmp_path)
     with pytest.raises(ValueError, match=r"\['lung', 'heart'\].*\['lung', 'liver'\]"):
         merge_adapter(tmp_path, base=str(bases / "other_anatomies"))
+
+
+def test_a_base_that_lacks_weights_is_refused_and_a_fresh_head_is_not(bases, tmp_path):
+    labels = conceptclip().config
+    labels.id2label = {0: "a", 1: "b"}
+    lora.load_pretrained(ConceptCLIPForImageClassification, str(bases / "conceptclip"), labels)
+    shutil.copytree(bases / "conceptclip", tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    del weights["vision_model.head.probe"]
+    save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 weights are missing, such as vision_model\.head\.probe"):
+        lora.load_pretrained(ConceptCLIPForImageClassification, str(tmp_path / "broken"), labels)
 
 
 def test_a_folder_that_is_no_adapter_of_ours_is_refused(bases, tmp_path):

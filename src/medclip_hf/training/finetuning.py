@@ -22,6 +22,7 @@ from medclip_hf.training.lora import (
     BaseFacts,
     SavedTogether,
     add_adapter,
+    load_pretrained,
     quantized_base,
     require_4bit,
 )
@@ -151,12 +152,12 @@ def start(section: BaseSection, method: MethodSection, head: dict[str, Any] | No
     model_class, processor_class = _classes(config.model_type, has_head=head is not None)
     if head is not None:
         config = _head_module(config.model_type).config_with_head(config, head)
+    model = load_pretrained(model_class, section.from_pretrained, config)
     try:
-        model = model_class.from_pretrained(section.from_pretrained, config=config, dtype=torch.float32)
         processor = processor_class.from_pretrained(section.from_pretrained)
     except OSError as error:
         raise ValueError(
-            f"model.from_pretrained={section.from_pretrained} cannot be loaded: {' '.join(str(error).split())[:300]}"
+            f"model.from_pretrained={section.from_pretrained} has no processor: {' '.join(str(error).split())[:300]}"
         ) from error
     if method.mode == "lora":
         return _with_adapter(model, processor, section, method)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from medclip_hf.modeling.conceptclip import ConceptCLIPModel
 from medclip_hf.modeling.conceptclip import image_classification_conceptclip as conceptclip_head
@@ -273,13 +274,38 @@ def load_base(base: str, facts: BaseFacts, *, dtype: Any = torch.float32) -> Any
     """
     model_class: Any = MODEL_CLASSES[facts.model_class]
     try:
-        if facts.head is None:
-            return model_class.from_pretrained(base, dtype=dtype)
-        module = fvlm_head if facts.model_class.startswith("FVLM") else conceptclip_head
-        config = module.config_with_head(model_class.config_class.from_pretrained(base), facts.head)
-        return model_class.from_pretrained(base, config=config, dtype=dtype)
+        config = model_class.config_class.from_pretrained(base)
     except OSError as error:
-        raise ValueError(f"the base {base} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise ValueError(f"the base {base} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if facts.head is not None:
+        module = fvlm_head if facts.model_class.startswith("FVLM") else conceptclip_head
+        config = module.config_with_head(config, facts.head)
+    return load_pretrained(model_class, base, config, dtype=dtype)
+
+
+def load_pretrained(model_class: Any, base: str, config: Any, *, dtype: Any = torch.float32) -> Any:
+    """The pre-trained model at `base`, of which nothing but a head may be fresh.
+
+    Raises:
+        ValueError: it cannot be loaded, or lacks weights.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # that a head is fresh is meant; whatever else is missing is an error
+    try:
+        loaded = model_class.from_pretrained(base, config=config, dtype=dtype, output_loading_info=True)
+    except OSError as error:
+        raise ValueError(f"the base {base} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    model, info = loaded
+    lacking = sorted(name for name in info["missing_keys"] if not name.startswith(f"{HEAD}."))
+    misshapen = sorted(str(key) for key in info["mismatched_keys"])
+    if lacking or misshapen:
+        raise ValueError(
+            f"the base {base} is no complete {model_class.__name__}: {len(lacking)} weights are missing"
+            f"{f', such as {lacking[0]}' if lacking else ''}, of another shape are {misshapen or 'none'}."
+        )
+    return model
 
 
 def check_base(model: Any, facts: BaseFacts, base: str, adapter: str) -> None:
