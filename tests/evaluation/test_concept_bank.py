@@ -169,6 +169,13 @@ def test_two_concepts_may_share_a_name(encoder):
     torch.testing.assert_close(bank.text_embeds[0], bank.text_embeds[1])
 
 
+def test_vectors_that_are_not_finite_are_refused_and_not_ranked_first(encoder, bank, picture, monkeypatch):
+    broken = ImageEmbeddings(torch.full((1, 16), torch.nan), torch.ones(1), torch.zeros(1, 16, 16))
+    monkeypatch.setattr(type(encoder), "encode_pixels", lambda self, pixels: broken)
+    with pytest.raises(ValueError, match="not finite"):
+        annotate_image(picture, bank, encoder)
+
+
 def test_the_box_holds_the_peaks_component_alone():
     values = np.zeros((4, 4), np.float32)
     values[0, 0:2] = (1.0, 0.8)

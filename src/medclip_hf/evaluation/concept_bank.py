@@ -237,7 +237,8 @@ def annotate_image(
         region_threshold: of the map scaled to [0, 1]: what is hot.
 
     Raises:
-        ValueError: a bank of another model, an image that cannot be read, options out of range.
+        ValueError: a bank of another model, an image that cannot be read, options out of range, vectors that are not
+            finite.
     """
     if bank.identity != encoder.identity:
         raise ValueError(f"the concept bank was made with another model than {encoder.name}: build one with it.")
@@ -252,6 +253,10 @@ def annotate_image(
     pixels = encoder.preprocess(picture)
     embeds = encoder.encode_pixels(pixels[None])
     cosine = bank.text_embeds @ embeds.image_embeds[0]
+    if not torch.isfinite(cosine).all():
+        raise ValueError(
+            f"{encoder.name} gives vectors that are not finite: its weights are damaged, or its precision overflows."
+        )
     whole = (encoder.logit_scale * cosine.double() + encoder.logit_bias).sigmoid()
     if embeds.patch_embeds is None or bank.concept_embeds is None or encoder.concept_logit_scale is None:
         best = whole.topk(min(top_k, len(bank))).indices.tolist()
