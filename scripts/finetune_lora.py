@@ -185,18 +185,16 @@ def check_task_fits(task: TaskSection, base_config: Any, data: DataSection) -> N
 
 
 def check_splits(data: DataSection, *, is_ct: bool) -> None:
-    """Refuse data in which a patient of the training is validated on."""
-    if data.validation_split is None:
-        return
-    splits = (data.train_split, data.validation_split)
+    """Refuse data in which a patient of the training is validated or tested on."""
+    folder = Path(data.folder)
+    named = [data.train_split, *([data.validation_split] if data.validation_split else [])]
+    splits = [*named, *(["test"] if "test" not in named and list(folder.glob("test-*.parquet")) else [])]
     if is_ct:
-        patients = {split: [row.patient_id for row in read_scan_rows(Path(data.folder), split)] for split in splits}
-    elif (Path(data.folder) / DATASET_FILE).is_file():
-        patients = {
-            split: [patient for patient, _ in read_labels(Path(data.folder), split).values()] for split in splits
-        }
+        patients = {split: [row.patient_id for row in read_scan_rows(folder, split)] for split in splits}
+    elif (folder / DATASET_FILE).is_file():
+        patients = {split: [patient for patient, _ in read_labels(folder, split).values()] for split in splits}
     else:
-        logger.warning("%s does not name patients: whether one is in two splits was not checked", data.folder)
+        logger.warning("%s does not name patients: whether one is in two splits was not checked", folder)
         return
     check_patients_disjoint(patients)
 

@@ -314,10 +314,11 @@ def refused(scripts, capsys, *arguments, **changes):
     return capsys.readouterr().err
 
 
-def test_a_patient_in_two_splits_is_refused(scripts, conceptclip, tmp_path, capsys):
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_patient_in_two_splits_is_refused(scripts, conceptclip, tmp_path, capsys, split):
     folder = write_data(tmp_path / "data")
-    write_hospital_rows(hospital_rows("train", 4, np.random.default_rng(0)), folder, "validation")
-    assert "4 patients are in both train and validation" in refused(
+    write_hospital_rows(hospital_rows("train", 4, np.random.default_rng(0)), folder, split)
+    assert f"4 patients are in both train and {split}" in refused(
         scripts, capsys, "classification", conceptclip, folder, tmp_path / "run"
     )
 
