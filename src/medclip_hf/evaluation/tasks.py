@@ -41,8 +41,8 @@ SCRIPT_OF_TYPE: dict[str, str] = {
     "report_generation": "scripts/train_report_generation.py",
     "whole_slide_classification": "scripts/score_slides.py",
     "concept_annotation": "scripts/annotate_images.py",
-    "concept_bottleneck": "docs/explainability.md",
-    "concept_localization": "docs/explainability.md",
+    "concept_bottleneck": "scripts/train_bottleneck.py",
+    "concept_localization": "scripts/bccd_localization.py",
 }
 RETRIEVAL_KS = (1, 5, 10, 50, 200)
 
