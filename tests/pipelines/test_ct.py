@@ -160,6 +160,11 @@ def test_embeddings_are_unit_vectors_and_missing_anatomies_are_not_a_number(embe
     assert isinstance(embed(volume, mask=mask, return_tensors=True)["embeddings"], torch.Tensor)
 
 
+def test_arguments_of_pipeline_itself_are_no_misspelt_ones(fvlm_folder, volume, mask):
+    made = pipeline(SCORE, model=str(fvlm_folder), device="cpu", local_files_only=True, findings=FINDINGS, batch_size=2)
+    assert len(made(volume, mask=mask)) == len(FINDINGS)
+
+
 def test_another_number_format_is_taken(fvlm_folder, volume, mask):
     half = pipeline(SCORE, model=str(fvlm_folder), dtype=torch.bfloat16, device="cpu")
     assert all(0 <= row["probability"] <= 1 for row in half(volume, mask=mask, findings=FINDINGS))

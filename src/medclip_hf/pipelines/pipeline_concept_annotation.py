@@ -118,6 +118,7 @@ class ConceptAnnotationPipeline(_Pipeline):
         save_pipeline(self, save_directory, **kwargs)
 
     def _sanitize_parameters(self, **arguments: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        arguments.pop("local_files_only", None)  # of `pipeline`, which hands it on
         if unknown := sorted(arguments.keys() - _ARGUMENTS):
             raise ValueError(f"medical-concept-annotation knows no {unknown}; it takes {sorted(_ARGUMENTS)}.")
         top_k = arguments.get("top_k")

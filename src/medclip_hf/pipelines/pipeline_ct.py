@@ -103,6 +103,7 @@ class _CTPipeline(_Pipeline):
         save_pipeline(self, save_directory, **kwargs)
 
     def _sanitize_parameters(self, **arguments: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        arguments.pop("local_files_only", None)  # of `pipeline`, which hands it on
         known = _READING | self._own_arguments
         if unknown := sorted(arguments.keys() - known):
             raise ValueError(f"{type(self).__name__} knows no {unknown}; it takes {sorted(known)}.")
