@@ -145,7 +145,7 @@ def encode_picture(image: Image.Image, max_side: int) -> bytes:
         image = image.resize(size, Image.Resampling.LANCZOS)
     bare = Image.fromarray(np.asarray(image))  # carries no text chunk, EXIF, profile or comment along
     sink = io.BytesIO()
-    bare.save(sink, "PNG")
+    bare.save(sink, "PNG", compress_level=3)  # twice as fast as the usual 6, a few percent larger
     return sink.getvalue()
 
 

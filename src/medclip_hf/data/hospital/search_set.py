@@ -26,6 +26,7 @@ MIN_NUMBER = 4  # letters and digits
 MIN_PLAIN_NUMBER = 6  # digits of a number without letters; shorter ones are searched for as a whole value alone
 MIN_NAME_PART = 4
 MAX_JOINED = 16  # pieces that a number may be written in; DICOM's unique identifiers have a dozen
+_MAX_LETTERS = 8  # of one piece of such a number
 _MAX_NAME_PARTS = 8
 _HASH_BYTES = 12
 _SHORT_VALUE = 100  # characters of a text that may be nothing but a number
@@ -123,17 +124,24 @@ class SearchSet:
 
     def _is_number_at(self, plain: str, tokens: list[re.Match[str]], number: int) -> bool:
         """Whether an identifier with digits begins at a token, in one piece or several."""
-        joined = ""
-        start = tokens[number].start()
-        if start >= 2 and plain[start - 1] == "." and plain[start - 2].isdigit() and tokens[number][0].isdigit():
+        first = tokens[number]
+        start = first.start()
+        if start >= 2 and plain[start - 1] == "." and plain[start - 2].isdigit() and first[0].isdigit():
             return False  # digits behind a decimal point, of which logs and configurations are full
+        joined = ""
         for place in range(number, min(number + MAX_JOINED, len(tokens))):
+            piece = tokens[place][0]
             if place > number:
                 between = plain[tokens[place - 1].end() : tokens[place].start()]
                 if len(between) > 2 or "\n" in between or '"' in between:
                     return False
-            joined += tokens[place][0]
-            if any(map(str.isdigit, joined)) and self._has("number", joined):
+            has_digit = not piece.isalpha()
+            if not has_digit and len(piece) > _MAX_LETTERS:  # a word, not a part of a number
+                return False
+            if not has_digit and place > number and tokens[place - 1][0].isalpha():  # two words in a row
+                return False
+            joined += piece
+            if not joined.isalpha() and self._has("number", joined):
                 return True
         return False
 
@@ -143,9 +151,9 @@ class SearchSet:
                 yield match.start()
 
     def _has(self, kind: str, form: str) -> bool:
-        tagged = f"{kind}\x1f{form}"
-        if len(tagged) not in self._lengths:
+        if len(kind) + 1 + len(form) not in self._lengths:
             return False
+        tagged = f"{kind}\x1f{form}"
         known = self._known.get(tagged)
         if known is None:
             if len(self._known) > 1_000_000:
