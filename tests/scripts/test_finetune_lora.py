@@ -337,6 +337,10 @@ def test_a_label_with_one_value_is_refused(scripts, conceptclip, tmp_path, capsy
     assert "'bright': 0 present, 12 absent" in error
 
 
+def test_an_adapter_is_no_base(scripts, adapter, data, tmp_path, capsys):
+    assert "merge_adapter.py" in refused(scripts, capsys, "classification", adapter / "final", data, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("recipe", "changes", "message"),
     [

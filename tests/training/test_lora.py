@@ -209,6 +209,14 @@ def test_a_folder_that_is_no_adapter_of_ours_is_refused(bases, tmp_path):
         load_adapters({})
 
 
+def test_damaged_weights_are_told_in_a_sentence(bases, tmp_path):
+    make_adapter(bases, "ConceptCLIPModel", tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(ValueError, match="damaged or missing"):
+        load_adapters({"default": tmp_path})
+
+
 def test_the_fingerprint_tells_weights_apart_but_not_their_precision_nor_a_fresh_head(bases):
     model = ConceptCLIPModel.from_pretrained(bases / "conceptclip")
     half = ConceptCLIPModel.from_pretrained(bases / "conceptclip", dtype=torch.bfloat16)

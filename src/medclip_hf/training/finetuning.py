@@ -109,6 +109,10 @@ def read_base_config(base: str) -> Any:
     Raises:
         ValueError: it cannot be loaded, or is of none of our models.
     """
+    if (Path(base) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model.from_pretrained={base} is an adapter. Merge it first: scripts/merge_adapter.py --adapter {base}"
+        )
     try:
         config = AutoConfig.from_pretrained(base)
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -259,9 +260,15 @@ def load_adapters(folders: Mapping[str, str | Path], *, base: str | None = None,
     base = base or json.loads((Path(folders[first]) / "adapter_config.json").read_text())["base_model_name_or_path"]
     model = load_base(base, facts[first], dtype=dtype)
     check_base(model, facts[first], base, str(folders[first]))
-    adapted = PeftModel.from_pretrained(model, str(folders[first]), adapter_name=first)
-    for name in [name for name in folders if name != first]:
-        adapted.load_adapter(str(folders[name]), adapter_name=name)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folders[first]), adapter_name=first)
+        for name in [name for name in folders if name != first]:
+            adapted.load_adapter(str(folders[name]), adapter_name=name)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        named = ", ".join(str(folder) for folder in folders.values())
+        raise ValueError(
+            f"the weights of {named} are damaged or missing: {' '.join(str(error).split())[:300]}"
+        ) from error
     adapted.set_adapter(first)
     return adapted.eval()
 
@@ -293,7 +300,7 @@ def load_pretrained(model_class: Any, base: str, config: Any, *, dtype: Any = to
     transformers_logging.set_verbosity_error()  # that a head is fresh is meant; whatever else is missing is an error
     try:
         loaded = model_class.from_pretrained(base, config=config, dtype=dtype, output_loading_info=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"the base {base} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
