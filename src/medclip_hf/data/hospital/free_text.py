@@ -270,12 +270,12 @@ def _spans_of_name(plain: str, text: str, places: list[int], value: str) -> Iter
     if not words:
         return
     word = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
-    pattern = rf"(?<![^\W_])(?:{word})(?:[\s,.^'’_-]{{1,3}}(?:{word}))*(?![^\W_])"
+    pattern = rf"(?<![^\W_])(?:{word})(?:[\s,.^'’_-]{{1,3}}(?:{word}))*s?(?![^\W_])"
     for match in re.finditer(pattern, plain):
         start, end = match.span()
         original = text[places[start] : places[end - 1] + 1]
-        is_lone = match[0] in words
-        if is_lone and (len(match[0]) < _MIN_LONE_NAME or (match[0] in _EVERYDAY and original.islower())):
+        base = match[0] if match[0] in words else match[0].removesuffix("s")  # "Müllers Befund"
+        if base in words and (len(base) < _MIN_LONE_NAME or (base in _EVERYDAY and original.islower())):
             continue
         yield start, end, "NAME"
 
