@@ -53,7 +53,7 @@ LABELS = {WITH_PC_ALIGN: "with PC-Align", ALONE: "IT-Align alone", UNTRAINED: "b
 NAMES = [kind.name for kind in CELL_KINDS]
 TEMPLATES = tuple(f"{CAPTION_START} {{}}: {count}." for count in (1, 2, 3))
 TILE = 160  # pixels of the photograph; 12 tiles cover it, each seen at the scale of a training window
-STRIDE = 2  # every second pixel of photograph and boxes is measured
+STRIDE = 4  # every fourth pixel of photograph and boxes is measured; a patch covers 20
 GRADIENT_METHODS: dict[str, Method] = {"Grad-CAM": "grad_cam", "gradient × input": "gradient_x_input"}
 FIGURES = {
     "pointing": "peak inside",
