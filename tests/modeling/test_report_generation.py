@@ -1,5 +1,7 @@
 """ConceptCLIP's and fVLM's heads for report generation: what is read, trained and kept."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -201,6 +203,24 @@ def test_models_start_from_saved_towers_and_a_saved_language_model(tmp_path):
     patch_weight = "embeddings.patch_embedding.weight"
     assert torch.equal(images.vision_model.get_parameter(patch_weight), base.vision_model.get_parameter(patch_weight))
     assert torch.equal(ct.fvlm.text_projection.weight, fvlm.text_projection.weight)
+
+
+@pytest.mark.parametrize("language", list(LANGUAGE))
+@pytest.mark.parametrize("kind", ["images", "ct"])
+def test_a_token_is_predicted_without_those_that_follow_it_in_models_put_together_too(kind, language):
+    torch.manual_seed(0)
+    given = AutoModelForCausalLM.from_config(copy.deepcopy(LANGUAGE[language]))
+    if kind == "images":
+        tower = ConceptCLIPModel(ConceptCLIPConfig(text_config=TEXT, vision_config=VISION))
+        model = ConceptCLIPForReportGeneration.from_vision_language_pretrained(tower, given).eval()
+    else:
+        model = FVLMForReportGeneration.from_fvlm_language_pretrained(make_ct_model().fvlm, given).eval()
+    inputs = image_inputs() if kind == "images" else ct_inputs()
+    other = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][:, 3:] = 11
+    before, after = model(**inputs).logits, model(**other).logits
+    torch.testing.assert_close(before[:, :4], after[:, :4])
+    assert not torch.allclose(before[0, 4], after[0, 4])
 
 
 @pytest.mark.parametrize(

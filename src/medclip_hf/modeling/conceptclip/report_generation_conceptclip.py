@@ -135,8 +135,12 @@ class ConceptCLIPForReportGeneration(PreTrainedModel):
             conceptclip = ConceptCLIPModel.from_pretrained(conceptclip)
         if not isinstance(language_model, PreTrainedModel):
             language_model = AutoModelForCausalLM.from_pretrained(language_model)
+        # Copies: a composite resets the attention of configurations it takes in, and without one the language model
+        # would build no causal mask for layers that then need it.
         config = ConceptCLIPReportGenerationConfig(
-            vision_config=conceptclip.config.vision_config.to_dict(), text_config=language_model.config, **config_kwargs
+            vision_config=conceptclip.config.vision_config.to_dict(),
+            text_config=language_model.config.to_dict(),
+            **config_kwargs,
         )
         vision_model = SiglipVisionModel._from_config(config.vision_config)
         given = conceptclip.vision_model.state_dict()

@@ -135,7 +135,11 @@ class FVLMForReportGeneration(PreTrainedModel):
             fvlm = FVLMModel.from_pretrained(fvlm)
         if not isinstance(language_model, PreTrainedModel):
             language_model = AutoModelForCausalLM.from_pretrained(language_model)
-        config = FVLMReportGenerationConfig(fvlm_config=fvlm.config, text_config=language_model.config, **config_kwargs)
+        # Copies: a composite resets the attention of configurations it takes in, and without one the language model
+        # would build no causal mask for layers that then need it.
+        config = FVLMReportGenerationConfig(
+            fvlm_config=fvlm.config.to_dict(), text_config=language_model.config.to_dict(), **config_kwargs
+        )
         return cls(config, fvlm, language_model)
 
     @classmethod
