@@ -6,8 +6,8 @@ What changes, and nothing else (anatomy, findings, their places and their freque
   blotches of about a centimetre, as photon starvation and iterative reconstruction leave them. The fine noise averages
   out where voxels of several millimetres are made of it, the blotches do not;
 - spacing: slices almost twice as thick, and a wider field of view, so that fewer voxels show a finding;
-- wording: the terms by which findings of lung, heart, esophagus and aorta are named, and the sentences on what is normal
-  there, in other words (`reword`). Sides, places and sizes are told as before.
+- wording: the terms by which findings of lung, heart, esophagus and aorta are named, and the sentences on what is
+  normal there, in other words (`reword`). Sides, places and sizes are told as before.
 """
 
 import csv
