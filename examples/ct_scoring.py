@@ -8,7 +8,6 @@ Without --scan the CT of a drawn patient with known findings is written to disk 
 TotalSegmentator's, on the scan's grid.
 """
 
-# ruff: noqa: T201
 
 import argparse
 import math

@@ -11,12 +11,15 @@ again. What was dropped lies in <output.folder>/dropped, each record with its re
 import argparse
 import logging
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
 from medclip_hf.data.engine.run import EngineReport, Progress, build_medconcept
 from medclip_hf.data.engine.settings import SECTIONS, EngineSettings
 from medclip_hf.data.workers import ProcessRunner, Runner
+from medclip_hf.hub.push import push_folder
+from medclip_hf.hub.push_checks import Finding, check_before_push
 from medclip_hf.training.arguments import build_sections, read_recipe
 
 
@@ -63,10 +66,12 @@ def make_runner(arguments: argparse.Namespace) -> Runner:
 
 
 def push(settings: EngineSettings, repository: str, is_public: bool) -> None:
-    """Upload the finished data set."""
-    from medclip_hf.data.engine.publish import push_data_set
+    """Upload the finished data set, whose pictures may be seen, unless a path, a token or a leftover is found in it."""
 
-    print(push_data_set(settings.folder, repository, is_public=is_public))
+    def check(folder: Path) -> list[Finding]:
+        return check_before_push(folder, None, "dataset", allow_images=True)
+
+    print(push_folder(settings.folder, repository, repo_type="dataset", private=not is_public, check=check).url)
 
 
 def print_report(report: EngineReport, settings: EngineSettings) -> None:

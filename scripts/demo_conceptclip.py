@@ -30,7 +30,7 @@ from medclip_hf.data.phantoms.findings import FINDINGS
 from medclip_hf.evaluation.localization import mask_share, pointing_game
 from medclip_hf.evaluation.metrics import ClassAUROC, Interval, auroc_per_class, mean_with_interval
 from medclip_hf.evaluation.retrieval import retrieval_recall
-from medclip_hf.evaluation.zero_shot import PUBLISHED_TOP_PATCHES, classify_images, embed_classes
+from medclip_hf.evaluation.zero_shot import classify_images, embed_classes, published_share_of_patches
 from medclip_hf.explain.overlay import draw_concept_panel, encode_png, save_png
 from medclip_hf.explain.report import Paragraph, Picture, Section, Table, write_report
 from medclip_hf.training.demonstration import claim_folder, start_training, wait_for
@@ -42,7 +42,6 @@ STAGE_1, STAGE_2, IT_ALIGN_ALONE = "stage1", "stage2", "it_align_alone"
 CLASS_NAMES = [finding.name for finding in FINDINGS]
 # A caption mostly names several findings, and a prompt scores best that reads like one. Chosen on the validation split.
 TEMPLATES = ("{} and other findings.", "showing {} and other findings.", "{} and other findings can be seen.")
-PUBLISHED_NUM_PATCHES = 729
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ def evaluate(model: Any, processor: Any, figures: list[FigurePhantom], plan: Pla
         CLASS_NAMES,
         TEMPLATES,
         activation="sigmoid",
-        top_patches=published_share_of_patches(model),
+        top_patches=published_share_of_patches(model.vision_model.embeddings.num_patches),
     )
     hits = [
         pointing_game(own_maps(maps, figure), torch.from_numpy(figure.masks)).numpy()
@@ -206,13 +205,6 @@ def evaluate(model: Any, processor: Any, figures: list[FigurePhantom], plan: Pla
         recall_at_1=gallery_recall(model, processor, figures[: plan.num_gallery]),
         pointing=mean_with_interval(np.concatenate(hits), groups=figure_of_hit, **resampling),
     )
-
-
-def published_share_of_patches(model: Any) -> int:
-    """As large a share of this model's patches as the published 128 are of 729."""
-    config = model.config.vision_config
-    num_patches = (config.image_size // config.patch_size) ** 2
-    return max(1, round(PUBLISHED_TOP_PATCHES * num_patches / PUBLISHED_NUM_PATCHES))
 
 
 @torch.no_grad()

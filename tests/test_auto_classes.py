@@ -80,3 +80,10 @@ def test_the_stock_feature_pipeline_gives_the_image_embedding(folder):
     with torch.no_grad():
         expected = model(**processor(images=image)).image_embeds
     torch.testing.assert_close(embed(image, return_tensors=True), expected)
+
+
+def test_the_stock_feature_pipeline_takes_batches(folder):
+    embed = pipeline("image-feature-extraction", model=str(folder))
+    images = [Image.effect_noise((30, 20), sigma).convert("RGB") for sigma in (20, 60, 90)]
+    together = embed(images, batch_size=2, return_tensors=True)
+    torch.testing.assert_close(torch.cat(together), torch.cat([embed(image, return_tensors=True) for image in images]))

@@ -1,13 +1,18 @@
 """Medical vision-language models for the Hugging Face ecosystem.
 
-Importing the package makes the Auto classes of transformers know its models. Whatever is saved afterwards carries its
-own code, so that `trust_remote_code=True` loads it where this package is not installed.
+Importing the package makes the Auto classes and pipelines of transformers know its models. Whatever is saved afterwards
+carries its own code, so that `trust_remote_code=True` loads it where this package is not installed.
 """
+
+from typing import Any
 
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForVisualQuestionAnswering,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     AutoTokenizer,
@@ -16,7 +21,19 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from medclip_hf.modeling.conceptclip import ConceptCLIPConfig, ConceptCLIPModel
+from medclip_hf.modeling.conceptclip.image_classification_conceptclip import ConceptCLIPForImageClassification
+from medclip_hf.modeling.conceptclip.report_generation_conceptclip import (
+    ConceptCLIPForReportGeneration,
+    ConceptCLIPReportGenerationConfig,
+)
+from medclip_hf.modeling.conceptclip.visual_question_answering_conceptclip import (
+    ConceptCLIPForVisualQuestionAnswering,
+    ConceptCLIPVisualQuestionAnsweringConfig,
+)
 from medclip_hf.modeling.fvlm import FVLMConfig, FVLMModel, FVLMVisionConfig, FVLMVisionModel
+from medclip_hf.modeling.fvlm.anatomy_classification_fvlm import FVLMForAnatomyClassification
+from medclip_hf.modeling.fvlm.report_generation_fvlm import FVLMForReportGeneration, FVLMReportGenerationConfig
+from medclip_hf.pipelines import register_pipelines
 from medclip_hf.processing.conceptclip import ConceptCLIPProcessor
 from medclip_hf.processing.fvlm import FVLMImageProcessor, FVLMProcessor
 
@@ -25,6 +42,7 @@ def _register_conceptclip() -> None:
     AutoConfig.register(ConceptCLIPConfig.model_type, ConceptCLIPConfig, exist_ok=True)
     AutoModel.register(ConceptCLIPConfig, ConceptCLIPModel, exist_ok=True)
     AutoModelForZeroShotImageClassification.register(ConceptCLIPConfig, ConceptCLIPModel, exist_ok=True)
+    AutoModelForImageClassification.register(ConceptCLIPConfig, ConceptCLIPForImageClassification, exist_ok=True)
     AutoProcessor.register(ConceptCLIPConfig, ConceptCLIPProcessor, exist_ok=True)
     AutoTokenizer.register(ConceptCLIPConfig, tokenizer_class=BertTokenizer, exist_ok=True)
     AutoImageProcessor.register(
@@ -32,6 +50,7 @@ def _register_conceptclip() -> None:
     )
     ConceptCLIPConfig.register_for_auto_class()
     ConceptCLIPModel.register_for_auto_class("AutoModel")
+    ConceptCLIPForImageClassification.register_for_auto_class("AutoModelForImageClassification")
     ConceptCLIPProcessor.register_for_auto_class()
 
 
@@ -41,6 +60,8 @@ def _register_fvlm() -> None:
         AutoModel.register(config, model, exist_ok=True)
         config.register_for_auto_class()
         model.register_for_auto_class("AutoModel")
+    AutoModelForImageClassification.register(FVLMConfig, FVLMForAnatomyClassification, exist_ok=True)
+    FVLMForAnatomyClassification.register_for_auto_class("AutoModelForImageClassification")
     AutoProcessor.register(FVLMConfig, FVLMProcessor, exist_ok=True)
     AutoTokenizer.register(FVLMConfig, tokenizer_class=BertTokenizer, exist_ok=True)
     # "pil" is the name of the backend that needs no torchvision; volumes go through NumPy.
@@ -49,17 +70,53 @@ def _register_fvlm() -> None:
     FVLMImageProcessor.register_for_auto_class()
 
 
+def _register_heads() -> None:
+    """Models with a configuration of their own; each loads by the Auto class of its task, and by `AutoModel`."""
+    heads: tuple[tuple[Any, Any, Any, Any], ...] = (
+        (
+            ConceptCLIPVisualQuestionAnsweringConfig,
+            ConceptCLIPForVisualQuestionAnswering,
+            AutoModelForVisualQuestionAnswering,
+            ConceptCLIPProcessor,
+        ),
+        (
+            ConceptCLIPReportGenerationConfig,
+            ConceptCLIPForReportGeneration,
+            AutoModelForImageTextToText,
+            ConceptCLIPProcessor,
+        ),
+        (FVLMReportGenerationConfig, FVLMForReportGeneration, AutoModelForImageTextToText, FVLMProcessor),
+    )
+    for config, model, auto_class, processor in heads:
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+        auto_class.register(config, model, exist_ok=True)
+        AutoProcessor.register(config, processor, exist_ok=True)
+        config.register_for_auto_class()
+        model.register_for_auto_class(auto_class.__name__)
+
+
 _register_conceptclip()
 _register_fvlm()
+_register_heads()
+register_pipelines()
 
 __all__ = [
     "ConceptCLIPConfig",
+    "ConceptCLIPForImageClassification",
+    "ConceptCLIPForReportGeneration",
+    "ConceptCLIPForVisualQuestionAnswering",
     "ConceptCLIPModel",
     "ConceptCLIPProcessor",
+    "ConceptCLIPReportGenerationConfig",
+    "ConceptCLIPVisualQuestionAnsweringConfig",
     "FVLMConfig",
+    "FVLMForAnatomyClassification",
+    "FVLMForReportGeneration",
     "FVLMImageProcessor",
     "FVLMModel",
     "FVLMProcessor",
+    "FVLMReportGenerationConfig",
     "FVLMVisionConfig",
     "FVLMVisionModel",
 ]

@@ -165,10 +165,10 @@ def test_the_protocol_is_the_scores_of_its_embeddings(model, processor, pictures
         expected = zero_shot_scores(
             outputs.image_embeds,
             text_embeds,
-            outputs.logit_scale,
+            model.logit_scale.exp(),
             outputs.patch_embeds,
             concept_embeds,
-            outputs.concept_logit_scale,
+            model.concept_logit_scale.exp(),
         )
     assert scores.mixed_scores.shape == (5, 3)
     assert np.allclose(scores.mixed_scores, expected.mixed_scores, atol=1e-5)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from medclip_hf.explain.overlay import _draw_colour_bar, overlay_map
+from medclip_hf.explain.overlay import draw_colour_bar, overlay_map
 
 Pixels = NDArray[np.uint8]
 
@@ -150,7 +150,7 @@ def draw_ct_map(
         for tile in (upper, lower):
             _letter_sides(tile, axis)
     figure.suptitle(textwrap.fill(title, 100), fontsize=11, parse_math=False)
-    _draw_colour_bar(figure, list(tiles.flat), (low, high), value_label)
+    draw_colour_bar(figure, list(tiles.flat), (low, high), value_label)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])

@@ -95,7 +95,7 @@ def draw_concept_panel(
         _show(tile, overlay_map(pixels, values, value_range=(low, high)), name)
         if mask is not None:
             _draw_outline(tile, np.asarray(mask, dtype=bool), pixels, name)
-    _draw_colour_bar(figure, tiles, (low, high), value_label)
+    draw_colour_bar(figure, tiles, (low, high), value_label)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
@@ -213,7 +213,8 @@ def _draw_outline(tile: Any, mask: NDArray[np.bool_], pixels: Pixels, name: str)
         tile.set_ylim(mask.shape[0] - 0.5, -0.5)
 
 
-def _draw_colour_bar(figure: Figure, tiles: list[Any], value_range: tuple[float, float], label: str) -> None:
+def draw_colour_bar(figure: Figure, tiles: list[Any], value_range: tuple[float, float], label: str) -> None:
+    """Put the colours of the maps beside the tiles, with the values that they stand for."""
     share = np.linspace(0.0, 1.0, 256, dtype=np.float32)[None]
     shown = _blend(np.full((1, 256, 3), _BACKDROP, np.float32), share, MAX_OPACITY)[0] / 255.0
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(*value_range), ListedColormap(shown))

@@ -41,7 +41,7 @@ _EXPECTED = {
         *(".safetensors", ".json", ".md", ".txt", ".py", ".jinja", ".model", ".yaml", ".yml", ".onnx", ".onnx_data"),
         *(".gitattributes",),
     },
-    "dataset": {".parquet", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".py", ".gitattributes"},
+    "dataset": {".parquet", ".json", ".jsonl", ".md", ".html", ".txt", ".yaml", ".yml", ".py", ".gitattributes"},
     "space": {
         *(".py", ".md", ".txt", ".json", ".toml", ".yaml", ".yml", ".html", ".css", ".js", ".svg", ".safetensors"),
         *(".gitattributes", ".jinja", ".model"),

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from medclip_hf.data.engine.figure_type import FigureRules
-from medclip_hf.data.engine.publish import push_data_set, stream_figure_rows
+from medclip_hf.data.engine.publish import stream_figure_rows
 from medclip_hf.data.engine.run import build_medconcept
 from medclip_hf.data.engine.settings import (
     ConceptSettings,
@@ -399,32 +399,6 @@ def test_a_finished_set_streams_back(finished):
     folder, _ = finished
     expected = list(read_figure_rows(find_shards(folder, "train")))
     assert list(stream_figure_rows(folder, "train")) == expected
-
-
-class RecordingApi:
-    def __init__(self):
-        self.calls = []
-
-    def create_repo(self, repository, **options):
-        self.calls.append(("create", repository, options))
-        return f"https://example.org/{repository}"
-
-    def upload_folder(self, **options):
-        self.calls.append(("upload", options))
-
-
-def test_a_push_is_private_and_takes_the_data_set_alone(finished):
-    api = RecordingApi()
-    push_data_set(finished[0], "group/figures", api=api)
-    assert api.calls[0][2]["private"] is True
-    assert api.calls[1][1]["allow_patterns"] == [
-        *("*.parquet", "*.manifest.json", "README.md", "data_card.html", "contact_sheet.jpg")
-    ]
-
-
-def test_an_unfinished_set_is_not_pushed(tmp_path):
-    with pytest.raises(ValueError, match="no finished data set"):
-        push_data_set(tmp_path, "group/figures", api=RecordingApi())
 
 
 def test_hostile_names_do_no_harm_in_the_card(source, tmp_path):

@@ -105,7 +105,7 @@ def write_data_card(folder: Path, title: str, report: dict[str, Any], settings: 
         folder: of a data set whose shards are all written.
         title: of the card.
         report: of the engine, as plain values.
-        settings: of the engine, as plain values.
+        settings: of the engine, as plain values without paths.
     """
     summary = summarise(folder)
     tables = _tables(summary, report)
@@ -114,7 +114,7 @@ def write_data_card(folder: Path, title: str, report: dict[str, Any], settings: 
         temporary = folder / ".contact_sheet.jpg.tmp"
         temporary.write_bytes(sheet)
         temporary.replace(folder / "contact_sheet.jpg")
-    recipe = yaml.safe_dump(_without_paths(settings), sort_keys=False, allow_unicode=True)
+    recipe = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     write_text_atomically(folder / "README.md", _markdown(title, summary, tables, recipe, sheet is not None))
     write_text_atomically(folder / "data_card.html", _html(title, tables, recipe, sheet))
 
@@ -264,16 +264,3 @@ def _html(title: str, tables: list[Table], recipe: str, sheet: bytes | None) -> 
 def _plain(text: str) -> str:
     """Text that Markdown and the HTML inside it leave alone."""
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
-
-
-def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
-    """The recipe with the last part of every path: folders of a private machine are nobody's business."""
-    return {key: _shortened(value) for key, value in settings.items()}
-
-
-def _shortened(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _shortened(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_shortened(part) for part in value]
-    return Path(value).name if isinstance(value, str) and "/" in value and "://" not in value else value

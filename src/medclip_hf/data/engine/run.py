@@ -249,11 +249,11 @@ class _Run:
         for split, count in report.num_figures.items():
             shards = [shard_path(folder, split, number) for number in range(-(-count // rows_per_shard))]
             if shards:
-                write_manifest(folder, split, shards, settings=identity)
+                write_manifest(folder, split, shards, settings=self.settings.published())
         if self.settings.decontamination.folders:
             _write_contaminated(self.workspace)
         values = vars(report) | {"tally": report.tally.as_dict()}
-        write_data_card(folder, self.settings.output.title, values, identity)
+        write_data_card(folder, self.settings.output.title, values, self.settings.published())
         text = json.dumps({"report": values, "settings": identity}, indent=2, ensure_ascii=False)
         write_text_atomically(self.workspace.report_path, text + "\n")
         if not self.settings.output.keep_work:

@@ -208,6 +208,10 @@ class EngineSettings:
         del values["model"]["device"], values["model"]["batch_size"], values["duplicates"]["max_rows_in_memory"]
         return json.loads(json.dumps(values))
 
+    def published(self) -> dict[str, Any]:
+        """`identity` for everybody to read: names of files and folders in place of their paths on this disk."""
+        return {section: _without_paths(values) for section, values in self.identity().items()}
+
 
 SECTIONS: dict[str, type] = {
     "source": SourceSettings,
@@ -226,3 +230,12 @@ SECTIONS: dict[str, type] = {
 def short_digest(text: str) -> int:
     """64 bits of a digest: the same on every machine, unlike `hash`."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+
+
+def _without_paths(value: Any) -> Any:
+    """The last part of every path: folders of a private machine are nobody's business."""
+    if isinstance(value, dict):
+        return {key: _without_paths(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(part) for part in value]
+    return Path(value).name if isinstance(value, str) and "/" in value and "://" not in value else value

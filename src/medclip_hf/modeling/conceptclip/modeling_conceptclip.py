@@ -435,7 +435,8 @@ class ConceptCLIPModel(PreTrainedModel):
             text_embeds=text_embeds,
             patch_embeds=patch_embeds,
             concept_embeds=concept_embeds,
-            **self._scales(),
+            # Without texts there is nothing to compare; pipelines cut every tensor of an image batch row by row.
+            **(self._scales() if text_embeds is not None else {}),
             text_model_output=text_output,
             vision_model_output=vision_output,
         )
