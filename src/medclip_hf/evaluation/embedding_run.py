@@ -1,0 +1,242 @@
+"""Pictures to embeddings, unit by unit, with loader workers that decode ahead while the tower computes.
+
+One loader runs over all units of a process, so the tower does not wait where one unit ends and the next begins. A batch
+never reaches into another unit, so what a row becomes does not depend on who computes which units.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from medclip_hf.data.images import UnreadableImage, decode_image, open_image
+from medclip_hf.data.stages import Drop
+from medclip_hf.data.workers import Task, TaskReport
+from medclip_hf.evaluation.embedding_cache import encode_in_batches
+from medclip_hf.evaluation.embedding_sources import PictureSource
+from medclip_hf.evaluation.embedding_store import Arrays, EmbeddingStore, Shard
+from medclip_hf.evaluation.encoders import Encoder
+
+logger = logging.getLogger(__name__)
+
+STORED_TYPES = {"float32": np.float32, "float16": np.float16}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes; none of it is in the settings of the store but `stored_type` and `with_patches`.
+
+    Args:
+        batch_size: of pictures, or of windows of scans.
+        num_workers: processes that read and decode; 0: this one.
+        stored_type: ``float32`` or ``float16``, of what is written.
+        with_patches: also keep the vectors of patches.
+    """
+
+    batch_size: int = 64
+    num_workers: int = 0
+    stored_type: str = "float32"
+    with_patches: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ValueError(
+                f"batch_size must be at least 1 and num_workers at least 0, got {self.batch_size} and "
+                f"{self.num_workers}."
+            )
+        if self.stored_type not in STORED_TYPES:
+            raise ValueError(f"stored_type is one of {sorted(STORED_TYPES)}, got {self.stored_type!r}.")
+
+
+class PictureStep:
+    """Embeds units of pictures; a step of `data.workers`.
+
+    Args:
+        encoder: of the model.
+        source: of the pictures.
+        store: where units go.
+        options: see there.
+
+    Raises:
+        ValueError: patches are asked of a model that has none.
+    """
+
+    def __init__(self, encoder: Encoder, source: PictureSource, store: EmbeddingStore, options: RunOptions) -> None:
+        if options.with_patches and not encoder.has_patches:
+            raise ValueError(f"{encoder.name} has no patch heads: leave --patches out.")
+        self.encoder = encoder
+        self.source = source
+        self.store = store
+        self.options = options
+
+    def __call__(self, task: Task) -> TaskReport:
+        """Do one unit."""
+        return next(self.stream([task]))
+
+    def set_aside(self, task: Task, reason: str) -> TaskReport:
+        """Write a unit that kills its process: every row dropped for this reason."""
+        rows = self.store.rows_of(task.number)
+        drops = [Drop(reason, "", _row_id(self.source, index)) for index in rows]
+        return TaskReport(task, len(rows), self.store.write(task.number, Shard((), {}), drops))
+
+    def stream(self, tasks: Sequence[Task]) -> Iterator[TaskReport]:
+        """Do several units without a pause between them; each is reported once its shard is on disk."""
+        batches = [
+            (task, indices)
+            for task in tasks
+            for indices in _cut(self.store.rows_of(task.number), self.options.batch_size)
+        ]
+        unit = _Unit()
+        for (task, indices), (found, rows, drops) in zip(batches, self._embedded(batches), strict=True):
+            unit.add(found, rows, drops, self._as_stored)
+            if indices[-1] == self.store.rows_of(task.number)[-1]:
+                tally = self.store.write(task.number, unit.shard(), unit.drops)
+                yield TaskReport(task, len(self.store.rows_of(task.number)), tally)
+                unit = _Unit()
+
+    def _embedded(
+        self, batches: Sequence[tuple[Task, Sequence[int]]]
+    ) -> Iterator[tuple[dict[str, Tensor], list[str], list[Drop]]]:
+        """Embeddings of each batch on the CPU, one batch behind: the device computes the next while one is kept."""
+        waiting: tuple[_Copied, list[str], list[Drop]] | None = None
+        batch_size = self.options.batch_size
+        for pixel_values, rows, drops in self._loader([indices for _, indices in batches]):
+            copied = _Copied(self.encoder.device)
+            if rows:
+                # To the device in the workers' type: a cast on the CPU would take longer than the copy.
+                pixel_values = pixel_values.to(self.encoder.device, non_blocking=True)
+                batch_size = encode_in_batches(pixel_values, batch_size, partial(self._encode_into, copied))
+            copied.record()
+            if waiting is not None:
+                yield waiting[0].values(), waiting[1], waiting[2]
+            waiting = (copied, rows, drops)
+        if waiting is not None:
+            yield waiting[0].values(), waiting[1], waiting[2]
+
+    def _encode_into(self, copied: "_Copied", _: int, pixel_values: Tensor) -> None:
+        found = self.encoder.encode_pixels(pixel_values)
+        values = {"image_embeds": found.image_embeds, "image_norms": found.image_norms}
+        if self.options.with_patches and found.patch_embeds is not None:
+            values["patch_embeds"] = found.patch_embeds
+        copied.add(values)
+
+    def _loader(self, batches: list[Sequence[int]]) -> DataLoader[Any]:
+        workers = self.options.num_workers
+        return DataLoader(
+            _Pictures(self.source, self.encoder.preprocess),
+            batch_sampler=batches,  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=self.encoder.device.type == "cuda",
+            multiprocessing_context="fork" if workers else None,  # the preprocessing is a closure
+        )
+
+    def _as_stored(self, name: str, values: Tensor) -> NDArray[Any]:
+        return as_stored(name, values, self.options.stored_type, self.encoder.name)
+
+
+def as_stored(name: str, values: Tensor, stored_type: str, model: str) -> NDArray[Any]:
+    """Float values as they are written.
+
+    Raises:
+        ValueError: one is not finite, or does not fit into the type.
+    """
+    array = values.float().numpy().astype(STORED_TYPES[stored_type])
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"{name} of {model} are not finite in {stored_type}. Try --dtype float32; if that does not help, the "
+            "weights are damaged."
+        )
+    return array
+
+
+class _Unit:
+    """What a unit has become so far."""
+
+    def __init__(self) -> None:
+        self.rows: list[str] = []
+        self.drops: list[Drop] = []
+        self._parts: dict[str, list[NDArray[Any]]] = {}
+
+    def add(
+        self,
+        found: dict[str, Tensor],
+        rows: list[str],
+        drops: list[Drop],
+        as_array: Callable[[str, Tensor], NDArray[Any]],
+    ) -> None:
+        self.rows += rows
+        self.drops += drops
+        for name, values in found.items():
+            self._parts.setdefault(name, []).append(as_array(name, values))
+
+    def shard(self) -> Shard:
+        arrays: Arrays = {name: np.concatenate(parts) for name, parts in self._parts.items()}
+        return Shard(tuple(self.rows), arrays)
+
+
+class _Copied:
+    """Values on their way to the CPU; `values` waits for them and for nothing that was launched later."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._parts: list[dict[str, Tensor]] = []
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        self._parts.append({name: value.to("cpu", non_blocking=True) for name, value in values.items()})
+
+    def record(self) -> None:
+        if self._event is not None:
+            self._event.record()
+
+    def values(self) -> dict[str, Tensor]:
+        if self._event is not None:
+            self._event.synchronize()
+        return {name: torch.cat([part[name] for part in self._parts]) for name in (self._parts or [{}])[0]}
+
+
+class _Pictures(Dataset[Any]):
+    """Pixels of each picture with its name, or why there are none."""
+
+    def __init__(self, source: PictureSource, preprocess: Callable[[Any], Tensor]) -> None:
+        self.source = source
+        self.preprocess = preprocess
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor] | Drop:
+        row_id = _row_id(self.source, index)
+        try:
+            picture = decode_image(open_image(self.source.read(index), row_id), row_id)
+            return row_id, self.preprocess(picture)
+        except UnreadableImage as error:
+            return Drop(error.reason, error.detail, row_id)
+        except (OSError, ValueError) as error:
+            return Drop("image cannot be preprocessed", f"{type(error).__name__}: {error}", row_id)
+
+
+def _row_id(source: PictureSource, index: int) -> str:
+    try:
+        return source.row_id(index)
+    except UnreadableImage:  # its shard is damaged there
+        return f"row {index}"
+
+
+def _collate(batch: list[tuple[str, Tensor] | Drop]) -> tuple[Tensor, list[str], list[Drop]]:
+    found = [item for item in batch if not isinstance(item, Drop)]
+    drops = [item for item in batch if isinstance(item, Drop)]
+    pixel_values = torch.stack([pixels for _, pixels in found]) if found else torch.zeros(0)
+    return pixel_values, [row_id for row_id, _ in found], drops
+
+
+def _cut(rows: range, size: int) -> Iterator[range]:
+    """The rows in batches, the last one smaller where they do not divide."""
+    return (rows[first : first + size] for first in range(0, len(rows), size))
