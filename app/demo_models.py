@@ -1,0 +1,116 @@
+"""Which models the demo shows: those that were named, else those of `make demo`, else none, or untrained ones."""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medclip_hf.cli.loading import load_pipeline, model_type_of
+
+TASKS = {"conceptclip": "medical-concept-annotation", "fvlm": "ct-zero-shot-classification"}
+FLAGS = {"conceptclip": "--conceptclip", "fvlm": "--fvlm"}
+# Of `make demo`, best first.
+DEMO_FOLDERS = {
+    "conceptclip": {
+        "demo ConceptCLIP": "conceptclip/stage2/final",
+        "demo ConceptCLIP, IT-Align alone": "conceptclip/it_align_alone/final",
+    },
+    "fvlm": {
+        "demo fVLM": "fvlm/per_anatomy_calibrated/final",
+        "demo fVLM, false negatives not reduced": "fvlm/per_anatomy/final",
+    },
+}
+PHANTOM_FINDINGS = Path(__file__).with_name("phantom_findings.json")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that the demo shows.
+
+    Args:
+        pipe: its pipeline.
+        findings: that an fVLM scores; None: those of CT-RATE.
+        is_untrained: whether its weights are random.
+    """
+
+    pipe: Any
+    findings: tuple[Any, ...] | None = None
+    is_untrained: bool = False
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of both kinds by the names that the page shows, best first; a kind may be missing."""
+
+    conceptclip: dict[str, Model] = field(default_factory=dict)
+    fvlm: dict[str, Model] = field(default_factory=dict)
+
+    @property
+    def untrained(self) -> list[str]:
+        """Names of the models whose weights are random."""
+        return [name for name, model in {**self.conceptclip, **self.fvlm}.items() if model.is_untrained]
+
+
+def load_models(chosen: argparse.Namespace, folder: Path) -> Models:
+    """The models to show, loaded.
+
+    Args:
+        chosen: arguments of the command line.
+        folder: for untrained models.
+
+    Raises:
+        ValueError: a model that was named cannot be used, or the file of findings.
+    """
+    findings = _read_findings(chosen.findings) if chosen.findings else None
+    shown: dict[str, dict[str, Model]] = {}
+    for kind, named in (("conceptclip", chosen.conceptclip), ("fvlm", chosen.fvlm)):
+        if named:
+            shown[kind] = {_short_name(place): _load(kind, place, chosen.device, findings) for place in named}
+            continue
+        in_words = findings or _read_findings(PHANTOM_FINDINGS)  # of the drawn torsos' reports
+        shown[kind] = {
+            name: _load(kind, str(chosen.demo_output / place), chosen.device, in_words)
+            for name, place in DEMO_FOLDERS[kind].items()
+            if (chosen.demo_output / place / "config.json").is_file()
+        }
+        if not shown[kind] and chosen.untrained:
+            from untrained import make_untrained
+
+            made = _load(kind, str(make_untrained(kind, folder / f"untrained_{kind}")), chosen.device, in_words)
+            shown[kind] = {f"untrained {kind}": Model(made.pipe, made.findings, is_untrained=True)}
+    return Models(**shown)
+
+
+def how_to_get(kind: str) -> str:
+    """What to do where no model of a kind is there, as a sentence."""
+    return (
+        f"There is no model here. Train the demo models with `make demo` (about a quarter of an hour) and start this "
+        f"page again, or name one: python app/app.py {FLAGS[kind]} FOLDER_OR_REPO."
+    )
+
+
+def _load(kind: str, place: str, device: str | None, findings: tuple[Any, ...] | None) -> Model:
+    if (found := model_type_of(place)) != kind:
+        raise ValueError(f"{place} is of type {found!r}, but {FLAGS[kind]} takes {kind!r}.")
+    return Model(load_pipeline(TASKS[kind], place, device=device), findings if kind == "fvlm" else None)
+
+
+def _short_name(place: str) -> str:
+    """What a visitor sees of a path of the server: its last folder that tells something."""
+    path = Path(place)
+    if not path.is_dir():
+        return place
+    resolved = path.resolve()
+    return f"{resolved.parent.name}/{resolved.name}"
+
+
+def _read_findings(path: Path) -> tuple[Any, ...]:
+    from medclip_hf.evaluation.ct_zero_shot import Finding
+
+    try:
+        return tuple(Finding(**entry) for entry in json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f'{path}: expected a JSON list of {{"name": ..., "anatomy": ..., "absent": ..., "present": ...}} ({error}).'
+        ) from error

@@ -1,0 +1,75 @@
+"""The page: its head, its tabs, and how it is served."""
+
+import sys
+from pathlib import Path
+
+import gradio as gr
+import markup
+from compare_tab import build_compare_tab
+from ct_tab import build_ct_tab
+from demo_models import Models
+from examples import draw_torsos
+from picture_tab import build_picture_tab
+from sessions import Sessions
+
+_FONTS = ("system-ui", "sans-serif")  # of the visitor's machine: none is fetched
+_CACHE_SECONDS = (300, 3600)  # how often is looked for files, and how old they may get; those of a session go with it
+
+
+def build(models: Models, sessions: Sessions, examples: Path) -> gr.Blocks:
+    """The page for some models.
+
+    Args:
+        models: to show.
+        sessions: where visitors' data are kept.
+        examples: folder for the drawn scans; made.
+    """
+    with gr.Blocks(title="medclip-hf demo", analytics_enabled=False, delete_cache=_CACHE_SECONDS) as page:
+        gr.HTML(
+            '<div class="mc-head"><h1>medclip-hf</h1><p>Pictures with ConceptCLIP, CT scans with fVLM: scores, and '
+            f'what they rest on.</p></div><div class="mc-device">{markup.NOTICE}</div>'
+        )
+        if models.untrained:
+            gr.HTML(
+                '<div class="mc-untrained" role="alert">Untrained: '
+                f"{', '.join(models.untrained)}. Weights are random, and so is every number below.</div>"
+            )
+        with gr.Tabs():
+            with gr.Tab("Picture", id="picture"):
+                build_picture_tab(models.conceptclip, sessions)
+            with gr.Tab("CT scan", id="ct"):
+                build_ct_tab(models.fvlm, sessions, draw_torsos(examples) if models.fvlm else ())
+            with gr.Tab("Compare", id="compare"):
+                build_compare_tab(models.conceptclip, sessions)
+        gr.HTML(
+            '<p class="mc-status">Uploads stay on this server while the page is open, and are removed when it is '
+            "closed, at the latest after an hour. The examples are drawn by a program and show nobody.</p>"
+        )
+        page.unload(sessions.end)
+    page.queue(max_size=32, default_concurrency_limit=2, api_open=False)
+    return page
+
+
+def launch(page: gr.Blocks, *, host: str, port: int, max_upload_mb: int) -> None:
+    """Serve the page at one address, without a public link; returns when it is interrupted."""
+    _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        inbrowser=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        show_error=False,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        footer_links=[],
+        max_file_size=f"{max_upload_mb}mb",
+        theme=gr.themes.Base(
+            primary_hue="teal", neutral_hue="slate", font=_FONTS, font_mono=("ui-monospace", "monospace")
+        ),
+        css_paths=Path(__file__).with_name("style.css"),
+    )
+    sys.stdout.write(f"Open {url} in a browser; Ctrl+C ends it.\n")
+    sys.stdout.flush()
+    page.block_thread()
