@@ -6,12 +6,14 @@ STAMP := $(VENV)/.installed
 DEMO_OUTPUT ?= demo_output
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint docs app format clean
 
 help:
 	@echo "make demo     install, train both models on the embedded data, print tables and where the pictures are"
 	@echo "make test     install, run all tests"
 	@echo "make lint     install, check format, lint, types"
+	@echo "make docs     install, build the documentation into site/"
+	@echo "make app      install, open both models in a browser"
 	@echo "make format   rewrite the code in the project's format"
 	@echo "make clean    remove what the commands above made, $(VENV) included"
 
@@ -36,9 +38,15 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: install
+	$(BIN)/mkdocs build --strict --quiet
+
+app: install
+	$(BIN)/python app/app.py
+
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUTPUT) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DEMO_OUTPUT) site build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
