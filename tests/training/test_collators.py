@@ -1,6 +1,8 @@
 """Examples to batches: the tensors of the model, concept identities, and what was set aside."""
 
+import copy
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from medclip_hf.data.stages import Drop
 from medclip_hf.processing.conceptclip.processing_conceptclip import ConceptCLIPProcessor
 from medclip_hf.training.collators import FigureCollator, concept_identity
 from medclip_hf.training.datasets import FigureDataset, FigureExample
+from medclip_hf.training.pixels import scaled_pixels
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "mass", "in", "the", "lung", "no", "edema", "."]
 
@@ -83,6 +86,36 @@ def test_captions_without_concepts_make_a_batch(processor):
     batch = FigureCollator(processor)([figure(concepts=())])
     assert batch["concept_mask"].tolist() == [[False]]
     assert batch["concept_ids"].tolist() == [[-1]]
+
+
+def test_the_longest_caption_comes_first_with_all_that_is_its_own(processor):
+    short, long = figure("short", "a mass", [("C0000007", 2, 6)]), figure("long")
+    batch = FigureCollator(processor)([short, replace(long, image=Image.new("RGB", (8, 8)))])
+    assert (batch["row_ids"], batch["text_lengths"]) == (["long", "short"], [7, 4])
+    assert batch["concept_ids"].tolist() == [[7, 9], [7, -1]]
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [-1.0, 1.0]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [7, 4]
+
+
+@pytest.mark.parametrize("changes", [{}, {"do_normalize": False}, {"image_mean": [0.48, 0.46, 0.41]}])
+def test_raw_pixels_become_on_the_device_what_the_processor_gives(processor, changes):
+    images = copy.copy(processor.image_processor)
+    for name, value in changes.items():
+        setattr(images, name, value)
+    other = ConceptCLIPProcessor(images, processor.tokenizer)
+    levels = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    examples = [figure("a"), replace(figure("b"), image=Image.fromarray(levels + 64))]
+    scaled, raw = (FigureCollator(other, raw_pixels=raw)(examples) for raw in (False, True))
+    assert raw["pixel_values"].dtype == torch.uint8
+    assert raw["pixel_values"].nbytes * 4 == scaled["pixel_values"].nbytes
+    torch.testing.assert_close(scaled_pixels(raw), scaled["pixel_values"], rtol=0, atol=2e-7)
+    empty = FigureCollator(other, raw_pixels=True)([])
+    assert scaled_pixels(empty).shape == (0, 3, 8, 8)
+
+
+def test_raw_pixels_without_their_scaling_are_refused():
+    with pytest.raises(ValueError, match=r"torch.uint8 without pixel_scaling.*raw_pixels=True"):
+        scaled_pixels({"pixel_values": torch.zeros(1, 3, 2, 2, dtype=torch.uint8)})
 
 
 def test_images_of_another_size_than_the_processors_are_refused(processor):

@@ -41,6 +41,24 @@ def test_a_model_without_trainable_parameters_is_refused():
         make_optimizer(Small().requires_grad_(False), arguments())
 
 
+def test_one_kernel_updates_all_parameters_as_a_loop_over_them_would():
+    torch.manual_seed(0)
+    fused, plain = Small(), Small()
+    plain.load_state_dict(fused.state_dict())
+    optimizer = make_optimizer(fused, arguments(learning_rate=0.1))
+    assert optimizer.defaults["fused"] is True
+    reference = torch.optim.AdamW(
+        [{**group, "fused": False} for group in make_optimizer(plain, arguments(learning_rate=0.1)).param_groups]
+    )
+    for _ in range(3):
+        for model, one in ((fused, optimizer), (plain, reference)):
+            sum(parameter.square().sum() for parameter in model.parameters()).backward()
+            one.step()
+            one.zero_grad()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(fused.get_parameter(name), parameter, rtol=1e-6, atol=1e-7)
+
+
 def test_cosine_warms_up_to_the_peak_and_ends_at_the_minimum():
     run = arguments(learning_rate=1.0, warmup_steps=10, max_steps=110, min_learning_rate=0.0)
     rates = [learning_rate_at(step, run, 110, 11) for step in (0, 9, 10, 60, 110)]

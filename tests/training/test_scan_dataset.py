@@ -16,6 +16,7 @@ from medclip_hf.data.records import AnatomyText, ScanRow  # noqa: E402
 from medclip_hf.data.stages import Drop  # noqa: E402
 from medclip_hf.processing.fvlm import FVLMImageProcessor, FVLMProcessor, text_id  # noqa: E402
 from medclip_hf.training.collators import ScanCollator  # noqa: E402
+from medclip_hf.training.pixels import scaled_pixels  # noqa: E402
 from medclip_hf.training.scan_datasets import ScanDataset, report_caption  # noqa: E402
 from medclip_hf.training.tokenizers import train_wordpiece_tokenizer  # noqa: E402
 
@@ -251,10 +252,11 @@ def complete(example, **changes):
 
 def test_equal_texts_are_encoded_once_and_known_again(processor, example):
     batch = ScanCollator(processor)([complete(example), complete(example, texts=("Nodule.", "Cardiomegaly."))])
-    assert batch["text_index"].tolist() == [[0, 1], [0, 2]]
-    assert batch["text_ids"].tolist() == [text_id(each) for each in ("Nodule.", NORMAL_HEART, "Cardiomegaly.")]
+    assert batch["text_index"].tolist() == [[2, 0], [2, 1]]  # the longest text comes first
+    assert batch["text_ids"].tolist() == [text_id(each) for each in (NORMAL_HEART, "Cardiomegaly.", "Nodule.")]
     assert batch["input_ids"].shape == batch["attention_mask"].shape
-    assert processor.tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) == "nodule."
+    assert batch["text_lengths"] == batch["attention_mask"].sum(dim=1).tolist()
+    assert processor.tokenizer.decode(batch["input_ids"][2], skip_special_tokens=True) == "nodule."
 
 
 def test_texts_are_padded_to_the_longest_and_cut_at_the_limit(processor, example):
@@ -292,10 +294,18 @@ def test_without_reduction_every_text_is_right_for_its_own_scan_alone(processor,
     normal = complete(example, texts=("Nodule.", NORMAL_HEART))
     other = replace(normal, row_id="other")
     batch = ScanCollator(processor, reduce_false_negatives=False)([normal, other])
-    assert batch["text_index"].tolist() == [[0, 1], [2, 3]]
+    assert batch["text_index"].tolist() == [[2, 0], [3, 1]]
     assert len(set(batch["text_ids"].tolist())) == 4
     assert batch["is_abnormal"].all()
-    assert torch.equal(batch["input_ids"][1], batch["input_ids"][3])
+    assert torch.equal(batch["input_ids"][0], batch["input_ids"][1])
+
+
+def test_raw_pixels_are_windowed_on_the_device_to_the_very_same_numbers(processor, example):
+    far = replace(example, image=example.image + np.int16(4000))  # beyond the window
+    scaled, raw = (ScanCollator(processor, raw_pixels=raw)([example, far]) for raw in (False, True))
+    assert (raw["pixel_values"].dtype, raw["pixel_values"].shape) == (torch.int16, (2, 1, *SIZE))
+    assert torch.equal(scaled_pixels(raw), scaled["pixel_values"])
+    assert scaled_pixels(ScanCollator(processor, raw_pixels=True)([])).shape == (0, 1, *SIZE)
 
 
 def test_crops_of_another_size_are_refused(processor, folder):

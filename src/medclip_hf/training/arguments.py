@@ -41,6 +41,9 @@ class RunArguments:
         max_grad_norm: gradients are clipped to this norm; None: never.
         mixed_precision: "bf16" runs the model under autocast; weights, optimiser and loss stay float32.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        keep_activations: with `gradient_checkpointing`, the share of each tower's blocks that recompute nothing: memory
+            and time go from those of full checkpointing (0) to those of none (1).
+        compile_blocks: compile each transformer block by itself with torch.compile; the first step then takes longer.
         allow_tf32: TensorFloat-32 in float32 matrix products on GPUs that have it.
         deterministic: deterministic kernels, so that resuming on a GPU is exact too; slower. CPUs are exact anyway.
         find_unused_parameters: for models of which a step may leave out a part.
@@ -82,6 +85,8 @@ class RunArguments:
 
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
+    keep_activations: float = 0.0
+    compile_blocks: bool = False
     allow_tf32: bool = False
     deterministic: bool = False
     find_unused_parameters: bool = False
@@ -119,6 +124,8 @@ class RunArguments:
             raise ValueError(
                 f"training.min_learning_rate ({self.min_learning_rate}) is above learning_rate ({self.learning_rate})."
             )
+        if not 0 <= self.keep_activations <= 1:
+            raise ValueError(f"training.keep_activations must lie in [0, 1], but is {self.keep_activations}.")
         if self.layer_decay > 1:
             raise ValueError(f"training.layer_decay must lie in (0, 1], but is {self.layer_decay}.")
         self._check_best_metric()

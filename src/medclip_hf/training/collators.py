@@ -15,6 +15,7 @@ from medclip_hf.data.records import ConceptMention
 from medclip_hf.data.stages import Drop
 from medclip_hf.processing.fvlm.processing_fvlm import MAX_TEXT_LENGTH, index_texts, text_id
 from medclip_hf.training.datasets import FigureExample
+from medclip_hf.training.pixels import SCALING, figure_scaling, scan_scaling, stacked_figures
 from medclip_hf.training.scan_datasets import ScanExample
 
 _CUI = re.compile(r"C(\d{7})")
@@ -28,28 +29,32 @@ class FigureCollator:
     pneumothorax; whoever wants them out leaves them out of the rows.
 
     Images come in the size of the model's input (`FigureDataset(image_size=…)`), so that they are sampled only once.
+    Rows come with the longest caption first: micro-batches are runs of rows, and each pads to its own longest caption.
 
     Args:
         processor: a `ConceptCLIPProcessor`.
         max_length: of a caption in tokens, [CLS] and [SEP] counted; spans beyond it are masked by the processor.
+        raw_pixels: leave the scaling of pixels to the device, see `pixels.py`; `pixel_values` are then uint8 and
+            `pixel_scaling` (B, 2, 3) comes with them.
 
     Returns (of a call):
         pixel_values (B, 3, H, W), input_ids, attention_mask and token_type_ids (B, T), concept_token_spans (B, C, 2),
-        concept_mask (B, C), concept_ids (B, C) int64 with -1 as padding, row_ids (list of B) and set_aside (list of
-        {row_id, reason, detail}). B is the number of readable examples; it may be 0.
+        concept_mask (B, C), concept_ids (B, C) int64 with -1 as padding, text_lengths (list of B, in tokens), row_ids
+        (list of B) and set_aside (list of {row_id, reason, detail}). B is the number of readable examples; it may be 0.
     """
 
-    def __init__(self, processor: Any, max_length: int = 77) -> None:
+    def __init__(self, processor: Any, max_length: int = 77, *, raw_pixels: bool = False) -> None:
         if max_length < 3:
             raise ValueError(f"max_length counts [CLS] and [SEP], so it must be at least 3; got {max_length}")
         self.processor = processor
         self.max_length = max_length
+        self.raw_pixels = raw_pixels
 
     def __call__(self, examples: Sequence[FigureExample | Drop]) -> dict[str, Any]:
-        """One batch as a dict of tensors and two lists."""
+        """One batch as a dict of tensors and lists."""
         figures = [example for example in examples if isinstance(example, FigureExample)]
-        tensors = self._encode(figures) if figures else self._encode_nothing()
-        return tensors | {"row_ids": [figure.row_id for figure in figures], "set_aside": _set_aside(examples)}
+        batch = self._encode(figures) if figures else self._encode_nothing()
+        return batch | {"set_aside": _set_aside(examples)}
 
     def _encode(self, figures: list[FigureExample]) -> dict[str, Any]:
         height, width = _input_size(self.processor)
@@ -59,26 +64,35 @@ class FigureCollator:
                 f"{sorted({figure.image.size[::-1] for figure in figures})}. Give FigureDataset the processor's size."
             )
         encoded = self.processor(
-            images=[figure.image for figure in figures],
             text=[figure.caption for figure in figures],
             concept_char_spans=[[(c.start_char, c.end_char) for c in figure.concepts] for figure in figures],
             padding="longest",
             truncation=True,
             max_length=self.max_length,
-            do_resize=False,
             return_tensors="pt",
         )
         concept_ids = torch.full(encoded["concept_mask"].shape, -1, dtype=torch.int64)
         for row, figure in enumerate(figures):
             for column, concept in enumerate(figure.concepts):
                 concept_ids[row, column] = concept_identity(concept)
-        return dict(encoded) | {"concept_ids": concept_ids}
+        lengths, order = _longest_first(encoded["attention_mask"])
+        texts = {name: tensor[order] for name, tensor in (dict(encoded) | {"concept_ids": concept_ids}).items()}
+        in_order = [figures[row] for row in order.tolist()]
+        row_ids = [figure.row_id for figure in in_order]
+        return texts | self._pixels(in_order) | {"text_lengths": lengths, "row_ids": row_ids}
+
+    def _pixels(self, figures: list[FigureExample]) -> dict[str, torch.Tensor]:
+        images = [figure.image for figure in figures]
+        if not self.raw_pixels:
+            return dict(self.processor(images=images, do_resize=False, return_tensors="pt"))
+        scaling = figure_scaling(self.processor.image_processor, len(images))
+        return {"pixel_values": stacked_figures(images), SCALING: scaling}
 
     def _encode_nothing(self) -> dict[str, Any]:
         """The tensors of an ordinary batch with every row taken away: right in every further axis, type and key."""
         height, width = _input_size(self.processor)
         stand_in = FigureExample("", Image.new("RGB", (width, height)), "nothing", ())
-        return {name: tensor[:0] for name, tensor in self._encode([stand_in]).items()}
+        return {name: values[:0] for name, values in self._encode([stand_in]).items()}
 
 
 class ScanCollator:
@@ -92,22 +106,30 @@ class ScanCollator:
         reduce_false_negatives: False trains as CLIP does, for comparison: an anatomy's text is the right answer for its
             own scan alone, even where another scan is normal too or has the very same text. Then every text is encoded
             for itself under an identity of its own, and `is_abnormal` is true everywhere.
+        raw_pixels: leave the Hounsfield window to the device, see `pixels.py`; `pixel_values` are then int16 and
+            `pixel_scaling` (B, 2, 1) comes with them.
 
     Returns (of a call):
         pixel_values (B, 1, D, H, W) in [0, 1], anatomy_mask (B, D, H, W) uint8, input_ids and attention_mask (T, L) of
-        the T distinct texts padded to the longest, text_ids (T,) int64 (the same for the same text in any batch),
-        text_index (B, A) int64 with -1 for none, is_complete and is_abnormal (B, A) bool, row_ids (list of B) and
-        set_aside (list of {row_id, reason, detail}). B and T may be 0.
+        the T distinct texts, the longest first, padded to it, text_lengths (list of T, in tokens), text_ids (T,) int64
+        (the same for the same text in any batch), text_index (B, A) int64 with -1 for none, is_complete and
+        is_abnormal (B, A) bool, row_ids (list of B) and set_aside (list of {row_id, reason, detail}). B and T may be 0.
     """
 
     def __init__(
-        self, processor: Any, max_length: int = MAX_TEXT_LENGTH, *, reduce_false_negatives: bool = True
+        self,
+        processor: Any,
+        max_length: int = MAX_TEXT_LENGTH,
+        *,
+        reduce_false_negatives: bool = True,
+        raw_pixels: bool = False,
     ) -> None:
         if max_length < 3:
             raise ValueError(f"max_length counts [CLS] and [SEP], so it must be at least 3; got {max_length}")
         self.processor = processor
         self.max_length = max_length
         self.reduce_false_negatives = reduce_false_negatives
+        self.raw_pixels = raw_pixels
         self.anatomies = tuple(processor.image_processor.anatomies)
         self.size_dhw = tuple(processor.image_processor.size_dhw)
 
@@ -117,8 +139,7 @@ class ScanCollator:
         for scan in scans:
             self._check(scan)
         volumes, flags = (len(scans), *self.size_dhw), (len(scans), len(self.anatomies))
-        tensors = {
-            "pixel_values": self._window([scan.image for scan in scans]),
+        tensors = self._pixels([scan.image for scan in scans]) | {
             "anatomy_mask": _stacked([scan.anatomy_mask for scan in scans], volumes, np.uint8),
             "is_complete": _stacked([scan.is_complete for scan in scans], flags, np.bool_),
             "is_abnormal": _stacked([self._is_abnormal(scan) for scan in scans], flags, np.bool_),
@@ -137,6 +158,13 @@ class ScanCollator:
     def _is_abnormal(self, scan: ScanExample) -> np.ndarray:
         return scan.is_abnormal if self.reduce_false_negatives else np.ones_like(scan.is_abnormal)
 
+    def _pixels(self, images: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        if not self.raw_pixels:
+            return {"pixel_values": self._window(images)}
+        volumes = _stacked(images, (0, *self.size_dhw), np.int16).unsqueeze(1)
+        window = self.processor.image_processor
+        return {"pixel_values": volumes, SCALING: scan_scaling(window.hu_min, window.hu_max, len(images))}
+
     def _window(self, images: list[np.ndarray]) -> torch.Tensor:
         """As the processor does it; Hounsfield units were checked when the scans were prepared."""
         low, high = self.processor.image_processor.hu_min, self.processor.image_processor.hu_max
@@ -147,7 +175,7 @@ class ScanCollator:
             np.clip(target, 0.0, 1.0, out=target)
         return torch.from_numpy(scaled)
 
-    def _encode(self, scans: list[ScanExample]) -> dict[str, torch.Tensor]:
+    def _encode(self, scans: list[ScanExample]) -> dict[str, Any]:
         texts, identities, text_index = self._distinct_texts(scans)
         encoded = self.processor.tokenizer(
             texts or [""],
@@ -157,11 +185,15 @@ class ScanCollator:
             return_token_type_ids=False,
             return_tensors="pt",
         )
+        lengths, order = _longest_first(encoded["attention_mask"][: len(texts)])
+        places = torch.cat([order.argsort(), torch.tensor([-1])])  # the last one is that of no text, -1
+        index = torch.tensor(text_index, dtype=torch.int64).reshape(len(scans), len(self.anatomies))
         return {
-            "input_ids": encoded["input_ids"][: len(texts)],
-            "attention_mask": encoded["attention_mask"][: len(texts)],
-            "text_ids": torch.tensor([text_id(identity) for identity in identities], dtype=torch.int64),
-            "text_index": torch.tensor(text_index, dtype=torch.int64).reshape(len(scans), len(self.anatomies)),
+            "input_ids": encoded["input_ids"][order],
+            "attention_mask": encoded["attention_mask"][order],
+            "text_lengths": lengths,
+            "text_ids": torch.tensor([text_id(identities[row]) for row in order.tolist()], dtype=torch.int64),
+            "text_index": places[index],
         }
 
     def _distinct_texts(self, scans: list[ScanExample]) -> tuple[list[str], list[str], list[list[int]]]:
@@ -185,6 +217,12 @@ def _set_aside(examples: Sequence[Any]) -> list[dict[str, str]]:
     """What the run record keeps of the examples that could not be read."""
     drops = [example for example in examples if isinstance(example, Drop)]
     return [{"row_id": drop.row_id, "reason": drop.reason, "detail": drop.detail} for drop in drops]
+
+
+def _longest_first(attention_mask: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+    """Lengths of the texts in tokens from the longest on, and which text has each; equal ones keep their order."""
+    lengths, order = attention_mask.sum(dim=1).sort(descending=True, stable=True)
+    return lengths.tolist(), order
 
 
 def _stacked(arrays: list[np.ndarray], shape: tuple[int, ...], dtype: type) -> torch.Tensor:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from medclip_hf.training import checkpoints, early_stopping
+from medclip_hf.training.acceleration import Watch, prepare_blocks
 from medclip_hf.training.arguments import RunArguments
 from medclip_hf.training.checkpoints import RunState
 from medclip_hf.training.gradients import Batch, Objective, StatefulObjective, backward
@@ -210,8 +211,7 @@ class _Run:
                 "validation split, or set best_metric and early_stopping_patience to null."
             )
         checkpoint = self._checkpoint_to_resume(resume)
-        if self.arguments.gradient_checkpointing:
-            self.unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        prepare_blocks(self.unwrapped, self.arguments)
         self.model = self.accelerator.prepare_model(self.unwrapped)
         self.optimizer = make_optimizer(self.unwrapped, self.arguments)
         _seed_everything(self.arguments.seed, self.accelerator.process_index)
@@ -251,7 +251,8 @@ class _Run:
         )
         with progress, logging_redirect_tqdm():
             clock = time.perf_counter()
-            for batch in () if self._progress().should_stop else self._loader():
+            batches = Watch(() if self._progress().should_stop else self._loader())
+            for batch in batches:
                 values = self._step(batch, stop)
                 elapsed, clock = time.perf_counter() - clock, time.perf_counter()
                 values["samples_per_second"] = values.pop("rows") / elapsed
@@ -260,7 +261,7 @@ class _Run:
                     loss=f"{values['loss']:.4f}", samples_s=f"{values['samples_per_second']:.1f}", refresh=False
                 )
                 if self.step % self.arguments.log_every == 0 or self.step == self.max_steps:
-                    self._log(values)
+                    self._log(values | {"loader_wait_share": batches.share()})
                 if _is_due(self.step, self.arguments.evaluate_every):
                     self._evaluate()
                     clock = time.perf_counter()

@@ -41,8 +41,11 @@ from medclip_hf.training.distributed import (
     sum_over_blocks,
     sum_over_processes,
 )
+from medclip_hf.training.pixels import SCALING, scaled_pixels
 
 Batch = Mapping[str, Any]
+
+_TOKENS_PER_BUCKET = 8  # texts are padded to a multiple: fewer shapes to compile, and what tensor cores like
 
 
 class ConceptCLIPObjective:
@@ -91,7 +94,8 @@ class ConceptCLIPObjective:
     def split(self, batch: Batch, num_chunks: int) -> list[Batch]:
         """At most `num_chunks` micro-batches of nearly equal size; at least one, none empty unless the batch is.
 
-        They hold what belongs to their rows; `set_aside`, which belongs to no row, stays with the batch.
+        They hold what belongs to their rows; `set_aside`, which belongs to no row, stays with the batch. Each is padded
+        to its own longest text, so collators that sort by length save most of the padding.
         """
         if num_chunks < 1:
             raise ValueError(f"num_chunks should be at least 1, got {num_chunks}.")
@@ -99,7 +103,10 @@ class ConceptCLIPObjective:
         num_chunks = min(num_chunks, max(num_rows, 1))
         bounds = [num_rows * chunk // num_chunks for chunk in range(num_chunks + 1)]
         by_row = {name: values for name, values in batch.items() if name != "set_aside"}
-        return [{name: values[start:stop] for name, values in by_row.items()} for start, stop in pairwise(bounds)]
+        return [
+            _without_padding({name: values[start:stop] for name, values in by_row.items()})
+            for start, stop in pairwise(bounds)
+        ]
 
     def embed(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The model's embeddings of the batch, with its scales and biases as they are now.
@@ -107,6 +114,8 @@ class ConceptCLIPObjective:
         A batch without rows gives embeddings without rows that still depend on every parameter.
         """
         inputs = {name: batch[name] for name in self.model_inputs if name in batch}
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = scaled_pixels(batch)
         if any(len(values) == 0 for values in inputs.values()):
             embeddings = self.embed(model, _one_empty_row(inputs))
             return {name: value if "logit" in name else value[:0] for name, value in embeddings.items()}
@@ -115,7 +124,7 @@ class ConceptCLIPObjective:
 
     def embed_images(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         """What `embed` gives for the images, without the texts."""
-        embeddings = self.embed(model, {"pixel_values": batch["pixel_values"]})
+        embeddings = self.embed(model, {"pixel_values": scaled_pixels(batch)})
         return {name: value for name, value in embeddings.items() if "logit" not in name}
 
     def embed_texts(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -329,6 +338,19 @@ def _add_gradient(leaf: Tensor, gradient: Tensor | None, where: Tensor | Ellipsi
         leaf.grad[where] += gradient.to(leaf.dtype)
 
 
+def _without_padding(batch: Batch) -> Batch:
+    """The same texts, padded to a multiple of a few tokens beyond the longest of them; `text_lengths` says its length.
+
+    The lengths are numbers of the host: reading them from a mask on the device would stop it.
+    """
+    lengths = batch.get("text_lengths")
+    if not lengths:
+        return batch
+    longest = -(-max(lengths) // _TOKENS_PER_BUCKET) * _TOKENS_PER_BUCKET
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return {name: values[:, :longest] if name in names else values for name, values in batch.items()}
+
+
 def _one_empty_row(batch: Batch) -> Batch:
     """A row of zeros in place of none: towers refuse empty batches, but a process without rows has to run the model.
 
@@ -388,6 +410,7 @@ class FVLMObjective:
 
     image_inputs = ("pixel_values", "anatomy_mask")
     text_inputs = ("input_ids", "attention_mask")
+    beside = (SCALING, "text_lengths")  # of the batch, where it has them
 
     def __init__(self, anatomies: Sequence[str], calibration: Calibration | None = None) -> None:
         self.anatomies = tuple(anatomies)
@@ -402,11 +425,12 @@ class FVLMObjective:
             raise ValueError(f"num_chunks should be at least 1, got {num_chunks}.")
         num_chunks = min(num_chunks, max(len(batch["pixel_values"]), len(batch["input_ids"]), 1))
         chunks: list[Batch] = [{} for _ in range(num_chunks)]
-        for name in (*self.image_inputs, *self.text_inputs):
+        present = [name for name in self.beside if name in batch]
+        for name in (*self.image_inputs, *self.text_inputs, *present):
             bounds = [len(batch[name]) * chunk // num_chunks for chunk in range(num_chunks + 1)]
             for chunk, (start, stop) in zip(chunks, pairwise(bounds), strict=True):
                 chunk[name] = batch[name][start:stop]  # type: ignore[index]
-        return chunks
+        return [_without_padding(chunk) for chunk in chunks]
 
     def embed(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Embeddings of the scans' anatomies and of the texts, and the logit scale as it is now.
@@ -414,7 +438,8 @@ class FVLMObjective:
         Where there is no scan or no text, the embeddings without rows still depend on every parameter.
         """
         num_scans, num_texts = len(batch["pixel_values"]), len(batch["input_ids"])
-        inputs = _with_stand_ins(model, {name: batch[name] for name in (*self.image_inputs, *self.text_inputs)})
+        inputs = {name: batch[name] for name in (*self.image_inputs, *self.text_inputs)}
+        inputs = _with_stand_ins(model, inputs | {"pixel_values": scaled_pixels(batch)})
         outputs = model(**inputs, return_loss=False, return_logits=False)
         embeddings = {
             "anatomy_embeds": outputs["anatomy_embeds"][:num_scans],

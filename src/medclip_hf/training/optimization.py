@@ -40,8 +40,14 @@ def make_optimizer(model: torch.nn.Module, arguments: RunArguments) -> torch.opt
         lr=arguments.learning_rate,
         betas=(arguments.adam_beta1, arguments.adam_beta2),
         eps=arguments.adam_epsilon,
-        fused=all(parameter.is_cuda for parameter in trainable.values()),
+        fused=_can_fuse(trainable.values()),
     )
+
+
+def _can_fuse(parameters: Iterable[torch.nn.Parameter]) -> bool:
+    """Whether one kernel can update them all: real numbers on one GPU or CPU."""
+    devices = {parameter.device.type for parameter in parameters if parameter.is_floating_point()}
+    return devices in ({"cuda"}, {"cpu"}) and all(parameter.is_floating_point() for parameter in parameters)
 
 
 def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
