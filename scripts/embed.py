@@ -228,7 +228,13 @@ def run_options(options: argparse.Namespace, batch_size: int) -> RunOptions:
 def place_of(options: argparse.Namespace) -> torch.device:
     """The device of this process: the accelerator of its number on this machine, or the CPU."""
     if options.device:
-        return torch.device(options.device)
+        try:
+            device = torch.device(options.device)
+        except RuntimeError as error:
+            raise ValueError(f"--device {options.device} is no device: say cpu, cuda or cuda:1.") from error
+        if options.dtype == "int8" and device.type != "cpu":
+            raise ValueError("--dtype int8 runs on the CPU alone: leave --device out, or take bfloat16.")
+        return device
     if options.dtype == "int8" or not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
