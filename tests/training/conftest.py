@@ -40,8 +40,8 @@ def tiny():
 class Processes:
     """The processes of one run, started together."""
 
-    def __init__(self, context, folder, arguments, options, num_processes):
-        common = {"CUDA_VISIBLE_DEVICES": ""}
+    def __init__(self, context, folder, arguments, options, num_processes, environment):
+        common = {"CUDA_VISIBLE_DEVICES": ""} | environment
         if num_processes > 1:
             common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(num_processes)}
         self.outputs = [folder / f"output-{rank}.txt" for rank in range(num_processes)]
@@ -95,9 +95,9 @@ def start_tiny(tmp_path_factory):
     context.set_forkserver_preload(["medclip_hf.training.loop", "transformers.modeling_utils"])
     started = []
 
-    def start(arguments, *options, num_processes=1):
+    def start(arguments, *options, num_processes=1, environment=None):
         folder = tmp_path_factory.mktemp("processes")
-        started.append(Processes(context, folder, arguments, options, num_processes))
+        started.append(Processes(context, folder, arguments, options, num_processes, environment or {}))
         return started[-1]
 
     yield start

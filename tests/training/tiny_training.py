@@ -5,13 +5,17 @@ python tiny_training.py '{"output_dir": "...", "max_steps": 8}' [--resume] [--st
 
 import argparse
 import json
+import os
+import signal
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from medclip_hf.training import faults
 from medclip_hf.training.arguments import RunArguments
 from medclip_hf.training.distributed import gather_counts, gather_rows, num_processes
 from medclip_hf.training.loop import make_accelerator, train
@@ -110,6 +114,27 @@ class Matching:
         return {"loss": share * num_processes()}
 
 
+def fault_at(kind, step, done):
+    """An `embed` of process 1 that at one step dies, waits for ever or fails; not again once the file `done` exists."""
+    count = 0
+
+    def embed(model, batch):
+        nonlocal count
+        count += 1
+        if count == step and os.environ.get("RANK") == "1" and not (done and done.exists()):
+            if done:
+                done.touch()
+            if kind == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif kind == "hang":
+                time.sleep(3600)
+            else:
+                raise RuntimeError("a cosmic ray")
+        return Matching.embed(None, model, batch)
+
+    return embed
+
+
 def new_model(seed=0):
     torch.manual_seed(seed)
     return TwoTowers(TwoTowerConfig())
@@ -121,6 +146,10 @@ def main():
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--step_seconds", type=float, default=0.0)
     parser.add_argument("--no_dropout", action="store_true")
+    parser.add_argument("--fault", choices=["kill", "hang", "fail"])
+    parser.add_argument("--fault_step", type=int, default=5)
+    parser.add_argument("--fault_done", type=Path)
+    parser.add_argument("--beat_seconds", type=float)
     options = parser.parse_args()
 
     objective = Matching()
@@ -128,6 +157,10 @@ def main():
         objective.embed = lambda model, batch: (
             time.sleep(options.step_seconds) or Matching.embed(objective, model, batch)
         )
+    if options.fault:
+        objective.embed = fault_at(options.fault, options.fault_step, options.fault_done)
+    if options.beat_seconds:
+        faults.BEAT_SECONDS = options.beat_seconds
     arguments = RunArguments(progress_bar=False, **options.arguments)
     accelerator = make_accelerator(arguments)
     model = new_model()

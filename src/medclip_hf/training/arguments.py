@@ -56,6 +56,7 @@ class RunArguments:
         best_metric_mode: whether more or less of it is better.
         early_stopping_patience: end the run after so many validations without a better `best_metric`; None: never.
         early_stopping_min_improvement: by how much a better value must exceed the best so far.
+        timeout_seconds: how long a process waits for the others before the run ends and names those that did not come.
         checkpoint_every: steps between checkpoints; None: only when interrupted.
         keep_checkpoints: how many of the newest stay on disk.
         trackers: of Accelerate, by name: "tensorboard", "trackio".
@@ -99,6 +100,7 @@ class RunArguments:
     best_metric_mode: Literal["max", "min"] = "max"
     early_stopping_patience: int | None = None
     early_stopping_min_improvement: float = 0.0
+    timeout_seconds: float = 1800.0
     checkpoint_every: int | None = 1000
     keep_checkpoints: int = 3
     trackers: tuple[str, ...] = ()
@@ -157,6 +159,7 @@ _POSITIVE = (
     "evaluate_every",
     "early_stopping_patience",
     "layer_decay",
+    "timeout_seconds",
     "checkpoint_every",
     "keep_checkpoints",
 )

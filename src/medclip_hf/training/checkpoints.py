@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
+
+from medclip_hf.training import sharded
 
 logger = logging.getLogger(__name__)
 
@@ -73,50 +76,113 @@ def save_checkpoint(
     processor: Any = None,
     objective_state: dict[str, torch.Tensor] | None = None,
     keep: int | None = None,
+    writer: sharded.ShardWriter | None = None,
 ) -> Path:
     """The folder of a new checkpoint; every process calls this at the same step.
 
     Args:
         output_dir: of the run.
         state: stored in `run_state.json`.
-        model: unwrapped; written with `save_pretrained`.
+        model: unwrapped; written with `save_pretrained`, in shards without it.
         optimizer: its moments are stored under the parameters' names.
         accelerator: tells the processes apart.
         processor: saved beside the model, if given.
         objective_state: of an objective that has one; the same on every process.
         keep: how many of the newest checkpoints stay; None: all.
+        writer: writes weights and moments in shards, in the background; the folder is there once `finish_checkpoint`
+            has come back. None: the main process writes them whole, now.
+
+    Raises:
+        OSError: any process could not write its part; all of them raise it, and earlier checkpoints are untouched.
     """
     final = checkpoint_path(output_dir, state.step)
     temporary = final.with_name(final.name + ".tmp")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    save_random_state(
-        temporary / _random_state_name(accelerator.process_index), capture_random_state(accelerator.device)
-    )
-    if accelerator.is_main_process:
-        _save_pretrained(temporary, model, processor)
-        _save_weights_left_out(temporary, model)
-        save_file(_optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
-        if objective_state is not None:
+    is_main = accelerator.is_main_process
+
+    def begin() -> None:
+        if is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    def write() -> None:
+        path = temporary / _random_state_name(accelerator.process_index)
+        save_random_state(path, capture_random_state(accelerator.device))
+        if is_main and writer is None:
+            _save_pretrained(temporary, model, processor)
+            _save_weights_left_out(temporary, model)
+            save_file(_optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
+        elif is_main:
+            _save_configuration(temporary, model, processor)
+        if is_main and objective_state is not None:
             save_file({name: value.contiguous() for name, value in objective_state.items()}, temporary / _OBJECTIVE)
-        write_json(temporary / _RUN_STATE, asdict(state))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _seal(temporary, final)
-        if keep is not None:
-            _remove_oldest(output_dir, keep)
-    accelerator.wait_for_everyone()
+        if is_main:
+            write_json(temporary / _RUN_STATE, asdict(state))
+
+    def seal() -> None:
+        if is_main:
+            _seal(temporary, final)
+            if keep is not None:
+                _remove_oldest(output_dir, keep)
+
+    _together(begin, temporary, accelerator)
+    _together(write, temporary, accelerator)
+    if writer is None:
+        _together(seal, temporary, accelerator)
+    else:
+        writer.start(temporary, sharded.tensors_of(model, optimizer), seal)
     return final
 
 
-def save_model(folder: Path, model: torch.nn.Module, processor: Any = None) -> None:
-    """Write model and processor into `folder` as a whole, replacing what was there; the main process calls this."""
+def finish_checkpoint(writer: sharded.ShardWriter, final: Path, accelerator: Accelerator) -> None:
+    """Wait for the checkpoint that is written in the background; every process calls this.
+
+    Raises:
+        OSError: any process could not write its part; all of them raise it.
+    """
+
+    def wait() -> None:
+        error = writer.wait()
+        if error is not None:
+            raise error
+
+    _together(wait, final.with_name(final.name + ".tmp"), accelerator)
+
+
+def _together(work: Callable[[], None], temporary: Path, accelerator: Accelerator) -> None:
+    """Do this process's part; where it fails on any process, take the folder away and raise an OSError on all."""
+    error: BaseException | None = None
+    try:
+        work()
+    except Exception as caught:
+        error = caught
+    has_failed = torch.tensor([float(error is not None)], device=accelerator.device)
+    num_failed = int(accelerator.reduce(has_failed, reduction="sum"))
+    if num_failed == 0:
+        return
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
+    reason = str(error) if error is not None else "another process could not write its part"
+    raise OSError(
+        f"{temporary.with_suffix('')} could not be written: {reason} ({num_failed} of {accelerator.num_processes} "
+        "processes failed). Earlier checkpoints are untouched: free some space, then start again with --resume."
+    ) from error
+
+
+def save_model(
+    folder: Path, model: torch.nn.Module, processor: Any = None, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write model and processor into `folder` as a whole, replacing what was there; the main process calls this.
+
+    Args:
+        folder: to write.
+        model: unwrapped.
+        processor: saved beside it, if given.
+        weights: of a sharded model, from `sharded.whole_weights`; None: those of the model.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    _save_pretrained(temporary, model, processor)
+    _save_pretrained(temporary, model, processor, weights)
     for file in _files(temporary):
         _flush(file)
     _replace(temporary, folder)
@@ -166,16 +232,35 @@ def read_run_state(folder: Path) -> RunState:
 
 
 def restore_checkpoint(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    *,
+    with_random_state: bool = True,
+    group: Any = None,
 ) -> None:
     """Put weights, optimiser moments and this process's random states back, bit for bit.
+
+    Args:
+        folder: of the checkpoint, whole or in shards; the model may be either as well.
+        model: unwrapped.
+        optimizer: over its parameters.
+        accelerator: tells the processes apart.
+        with_random_state: False where another number of processes wrote it: those states belong to none of these.
+        group: of the processes, for reading shards.
 
     Raises:
         ValueError: the checkpoint holds other parameters than the model.
     """
-    _restore_weights(folder, model)
-    _restore_optimizer(folder / _OPTIMIZER, model, optimizer)
-    restore_random_state(load_random_state(folder / _random_state_name(accelerator.process_index)), accelerator.device)
+    if sharded.has_shards(folder):
+        sharded.restore_shards(folder, model, optimizer, group)
+    else:
+        _restore_weights(folder, model)
+        _restore_optimizer(folder / _OPTIMIZER, model, optimizer)
+    if with_random_state:
+        state = load_random_state(folder / _random_state_name(accelerator.process_index))
+        restore_random_state(state, accelerator.device)
 
 
 def load_objective_state(folder: Path) -> dict[str, torch.Tensor]:
@@ -245,12 +330,25 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
-def _save_pretrained(folder: Path, model: Any, processor: Any) -> None:
+def _save_pretrained(folder: Path, model: Any, processor: Any, weights: dict[str, torch.Tensor] | None = None) -> None:
     was_shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # it would tear the one of the training
-    model.save_pretrained(folder)
+    if weights is None:
+        model.save_pretrained(folder)
+    else:
+        with sharded.own_class(model):
+            model.save_pretrained(folder, state_dict=weights)
     if was_shown:
         transformers_logging.enable_progress_bar()
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+def _save_configuration(folder: Path, model: Any, processor: Any) -> None:
+    """What a model of the checkpoint's shards is made from."""
+    with sharded.own_class(model):
+        model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
 
@@ -292,12 +390,14 @@ def _restore_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.opti
             )
         # AdamW keeps its step counter on the CPU, unless fused
         on_device = moment != "step" or optimizer.defaults.get("fused")
-        optimizer.state[parameter][moment] = value.to(parameter.device) if on_device else value
+        value = value.to(parameter.device) if on_device else value
+        optimizer.state[parameter][moment] = value if moment == "step" else sharded.like(value, parameter.detach())
 
 
 def _restore_weights(folder: Path, model: Any) -> None:
     """Load the weights in place: all of them, or the trained ones where the rest never changes."""
-    weights = _read_weights(folder)
+    own = model.state_dict()
+    weights = {name: sharded.like(value, own.get(name, value)) for name, value in _read_weights(folder).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     needed = set(missing) - set(getattr(model, "all_tied_weights_keys", None) or ())
     if (folder / _TRAINED_WEIGHTS).is_file():

@@ -7,6 +7,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from medclip_hf.training.distributed import gather_counts
+from medclip_hf.training.sharded import exchange_later, is_sharded
+
 Batch = dict[str, Any]
 Embed = Callable[[torch.nn.Module, Batch], dict[str, Tensor]]
 
@@ -83,7 +86,10 @@ def backward(
         values["loss"].backward()
         return {name: value.detach() for name, value in values.items()}
 
-    passes = _plan(objective, objective.split(batch, num_micro_batches))
+    micro_batches = objective.split(batch, num_micro_batches)
+    if is_sharded(model):
+        micro_batches = _equally_many(micro_batches, accelerator.device)
+    passes = _plan(objective, micro_batches)
     for one in passes:
         one.embed_without_graph(model, accelerator.device)
     leaves = _join(passes)
@@ -97,14 +103,14 @@ def backward(
     with torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []):
         for one in passes[:-1]:
             if one.has_images:
-                with accelerator.no_sync(model):
+                with exchange_later(model, accelerator):
                     one.continue_backward(model, accelerator.device, stream)
         if stream is not None and last.streamed is not None:
             last.gradients[last.streamed_name] = stream.add(last.streamed)
             values = stream.finish(values)
         for one in passes[:-1]:
             if not one.has_images:
-                with accelerator.no_sync(model):
+                with exchange_later(model, accelerator):
                     one.continue_backward(model, accelerator.device)
         last.continue_backward(model, accelerator.device)  # processes exchange gradients once
     return {name: value.detach() for name, value in values.items()}
@@ -155,6 +161,14 @@ class _Pass:
         learning = [name for name, value in embeddings.items() if value.requires_grad]
         torch.autograd.backward([embeddings[name] for name in learning], [self.gradients[name] for name in learning])
         self.gradients = {}
+
+
+def _equally_many(micro_batches: list[Batch], device: torch.device) -> list[Batch]:
+    """As many micro-batches as the process with most of them has: shards are gathered by all, pass by pass."""
+    counts = gather_counts([len(micro_batches)], device)
+    missing = max(count for (count,) in counts) - len(micro_batches)
+    empty = {name: values[:0] for name, values in micro_batches[-1].items()}
+    return [*micro_batches, *[empty] * missing]
 
 
 def _plan(objective: Objective, micro_batches: list[Batch]) -> list[_Pass]:

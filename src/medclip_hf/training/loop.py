@@ -1,5 +1,6 @@
 """The one training loop: step, log, validate, save, stop, resume; it knows no model, only an objective."""
 
+import contextlib
 import logging
 import math
 import os
@@ -14,17 +15,19 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.utils import ProjectConfiguration, broadcast
+from accelerate.utils import ProjectConfiguration, broadcast, gather_object
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from medclip_hf.training import checkpoints, early_stopping
+from medclip_hf.training import checkpoints, early_stopping, faults, sharded
 from medclip_hf.training.acceleration import Watch, prepare_blocks
 from medclip_hf.training.arguments import RunArguments
 from medclip_hf.training.checkpoints import RunState
 from medclip_hf.training.gradients import Batch, Objective, StatefulObjective, backward
 from medclip_hf.training.optimization import learning_rate_at, make_optimizer, set_learning_rate
+from medclip_hf.training.processes import join_processes, shared_store
 from medclip_hf.training.run_record import RunRecord
 from medclip_hf.training.sampling import EpochBatchSampler, steps_per_epoch
 from medclip_hf.training.signals import STOPPING, StopRequest, ignore_stop_signals, stop_with_launcher
@@ -50,6 +53,7 @@ _FREE_ON_RESUME = {
     "progress_bar",
     "num_processes",
     "on_nonfinite_loss",
+    "timeout_seconds",
 }
 
 
@@ -87,7 +91,8 @@ def make_accelerator(arguments: RunArguments) -> Accelerator:
     """The Accelerator of a run: device, processes, precision and trackers.
 
     Raises:
-        ValueError: the processes are not those that were asked for, or do not train by plain data parallelism.
+        ValueError: the processes are not those that were asked for, compute on different devices, or share the model in
+            a way that this loop does not.
     """
     if arguments.allow_tf32:
         torch.set_float32_matmul_precision("high")
@@ -95,6 +100,7 @@ def make_accelerator(arguments: RunArguments) -> Accelerator:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    join_processes(use_cpu, arguments.timeout_seconds)
     accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision=arguments.mixed_precision,
@@ -153,15 +159,26 @@ def train(
     Raises:
         ValueError: an output folder that already holds a run, a checkpoint that is not of this run, too few rows.
         FloatingPointError: the loss or its gradient is not finite.
+        LostProcessError: another process is dead, has failed, or did not come in time; it is named.
+        OSError: a checkpoint could not be written.
     """
     own_accelerator = make_accelerator(arguments) if accelerator is None else None
-    run = _Run(model, dataset, collator, objective, arguments, accelerator or own_accelerator, processor, evaluate_fn)
-    run.prepare(resume, recipe or {})
-    with StopRequest() as stop:
+    accelerator = accelerator or own_accelerator
+    assert accelerator is not None
+    rank, num_processes, timeout = accelerator.process_index, accelerator.num_processes, arguments.timeout_seconds
+    with faults.Watch(shared_store(), rank, num_processes, timeout_seconds=timeout) as watch:
+        run = _Run(model, dataset, collator, objective, arguments, accelerator, processor, evaluate_fn, watch)
         try:
-            result = run.finish(run.steps(stop))
-        except BaseException:
-            run.record.set_status("failed", run.step)
+            run.prepare(resume, recipe or {})
+            with StopRequest() as stop:
+                result = run.finish(run.steps(stop))
+        except BaseException as error:
+            lost = watch.explain(error)
+            if lost is None:
+                watch.report(error)
+            run.note_failure()
+            if lost is not None:
+                raise lost from error
             raise
     if own_accelerator is not None:
         own_accelerator.end_training()
@@ -181,6 +198,7 @@ class _Run:
         accelerator: Accelerator,
         processor: Any,
         evaluate_fn: EvaluateFn | None,
+        watch: faults.Watch,
     ) -> None:
         self.unwrapped = model
         self.dataset = dataset
@@ -190,7 +208,13 @@ class _Run:
         self.accelerator = accelerator
         self.processor = processor
         self.evaluate_fn = evaluate_fn
+        self.watch = watch
         self.output_dir = Path(arguments.output_dir)
+        if len(dataset) < accelerator.num_processes:
+            raise ValueError(
+                f"the training split has {len(dataset)} rows, which {accelerator.num_processes} processes cannot "
+                "share. Start fewer processes."
+            )
         self.steps_per_epoch = steps_per_epoch(
             len(dataset), arguments.batch_size_per_process, accelerator.num_processes
         )
@@ -202,6 +226,9 @@ class _Run:
         self.saved_step = -1
         self.last_validation: dict[str, float] = {}
         self.validations: list[tuple[int, float]] = []  # (step, best_metric)
+        self.is_recorded = False
+        self.writer: sharded.ShardWriter | None = None
+        self.unfinished: Path | None = None  # the checkpoint being written in the background
 
     def prepare(self, resume: bool | str | Path, recipe: Mapping[str, Any]) -> None:
         """Bring the model to its device, and the run to where it starts."""
@@ -212,7 +239,11 @@ class _Run:
             )
         checkpoint = self._checkpoint_to_resume(resume)
         prepare_blocks(self.unwrapped, self.arguments)
-        self.model = self.accelerator.prepare_model(self.unwrapped)
+        if sharded.is_sharding_asked_for():
+            self.model = sharded.shard(self.unwrapped, self.accelerator)
+            self.writer = sharded.ShardWriter(self.accelerator)
+        else:
+            self.model = self.accelerator.prepare_model(self.unwrapped)
         self.optimizer = make_optimizer(self.unwrapped, self.arguments)
         _seed_everything(self.arguments.seed, self.accelerator.process_index)
         if checkpoint is not None:
@@ -224,6 +255,7 @@ class _Run:
             metric = self.arguments.best_metric
             self.validations = early_stopping.read_validations(self.record.metrics_path, metric, self.step)
         self.record.start(self.step, is_resumed=resume is not False)
+        self.is_recorded = True
         if self.arguments.trackers:
             # TensorBoard forgets what an earlier start logged beyond the step we resume from
             self.accelerator.init_trackers(
@@ -252,6 +284,7 @@ class _Run:
         with progress, logging_redirect_tqdm():
             clock = time.perf_counter()
             batches = Watch(() if self._progress().should_stop else self._loader())
+            self.watch.enter(f"reading the rows of step {self.step + 1}")
             for batch in batches:
                 values = self._step(batch, stop)
                 elapsed, clock = time.perf_counter() - clock, time.perf_counter()
@@ -271,14 +304,22 @@ class _Run:
                     clock = time.perf_counter()
                 if stopped_by:
                     return stopped_by
+                self.watch.enter(f"reading the rows of step {self.step + 1}")
                 if self._progress().should_stop:
                     logger.info("step %d: no better %s for long", self.step, self.arguments.best_metric)
                     break
         return None
 
+    def note_failure(self) -> None:
+        """Leave word in `run.json`; a full disk must not hide why the run failed."""
+        if self.is_recorded:
+            with contextlib.suppress(OSError):
+                self.record.set_status("failed", self.step)
+
     def finish(self, stopped_by: int | None) -> TrainResult:
         """Write the final model, or leave the checkpoint for another start."""
         if stopped_by:
+            self._finish_checkpoint()
             self.record.set_status("interrupted", self.step)
             self.accelerator.wait_for_everyone()  # a scheduler may kill the others as soon as one has left
             logger.warning("stopped by signal %d after step %d; continue with resume", stopped_by, self.step)
@@ -288,15 +329,19 @@ class _Run:
             self._evaluate()
         if self.saved_step != self.step:
             self._save()
+        self._finish_checkpoint()
+        self.watch.enter("writing the final model")
         model_path = self.output_dir / FINAL_MODEL
+        weights = sharded.whole_weights(self.unwrapped)
         if self.accelerator.is_main_process:
-            self._save_final_model(model_path)
+            self._save_final_model(model_path, weights)
         self.accelerator.wait_for_everyone()
         self.record.set_status("complete", self.step)
         return TrainResult("complete", self.step, 0, model_path, self.last_validation)
 
     def _step(self, batch: Batch, stop: StopRequest) -> dict[str, float]:
         """One optimiser step; gives back values that are the same on all processes."""
+        self.watch.enter(f"computing step {self.step + 1}")
         self.record.add_set_aside(self.step + 1, batch["set_aside"])
         batch = to_device(batch, self.accelerator.device)
         learning_rate = learning_rate_at(self.step, self.arguments, self.max_steps, self.steps_per_epoch)
@@ -305,13 +350,17 @@ class _Run:
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.unwrapped.parameters(), self.arguments.max_grad_norm or math.inf
         )
+        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         agreed = self._agree(values["loss"], grad_norm, batch, stop)
+        if agreed.pop("failed_checkpoints"):
+            self._finish_checkpoint()  # raises what went wrong
         if agreed["is_finite"]:
             self.optimizer.step()
             if hasattr(self.unwrapped, "clamp_logit_scales_"):
                 self.unwrapped.clamp_logit_scales_()
             if isinstance(self.objective, StatefulObjective):
-                self.objective.after_step(self.unwrapped)
+                with sharded.gathered(self.unwrapped):
+                    self.objective.after_step(self.unwrapped)
             self.skipped_in_a_row = 0
         else:
             self._skip_or_stop(values, grad_norm, batch)
@@ -324,7 +373,9 @@ class _Run:
     def _agree(self, loss: torch.Tensor, grad_norm: torch.Tensor, batch: Batch, stop: StopRequest) -> dict[str, float]:
         """What all processes must know alike, in one message: the loss, whether to step, whether to stop."""
         is_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-        counts = [len(batch["row_ids"]), len(batch["set_aside"]), *(stop.received == number for number in STOPPING)]
+        has_failed = self.writer is not None and self.writer.has_failed()
+        signals = [stop.received == number for number in STOPPING]
+        counts = [len(batch["row_ids"]), len(batch["set_aside"]), has_failed, *signals]
         message = torch.cat(
             [
                 loss.reshape(1).float(),
@@ -332,22 +383,24 @@ class _Run:
                 torch.tensor(counts, dtype=torch.float32, device=loss.device),
             ]
         )
-        loss_sum, num_not_finite, rows, set_aside, *signals = self.accelerator.reduce(message, reduction="sum").tolist()
+        message = self.accelerator.reduce(message, reduction="sum")
+        loss_sum, num_not_finite, rows, set_aside, num_failed, *received = message.tolist()
         return {
             "loss": loss_sum / self.accelerator.num_processes,
             "is_finite": float(num_not_finite == 0),
             "rows": rows,
             "set_aside": set_aside,
-            "signal": float(max(number if count else 0 for number, count in zip(STOPPING, signals, strict=True))),
+            "failed_checkpoints": num_failed,
+            "signal": float(max(number if count else 0 for number, count in zip(STOPPING, received, strict=True))),
         }
 
     def _skip_or_stop(self, values: Mapping[str, torch.Tensor], grad_norm: torch.Tensor, batch: Batch) -> None:
         """Count a step without a finite loss, or raise an error that helps to find its cause."""
         names = [name for name, value in values.items() if not torch.isfinite(value).all()]
-        rows = _rows_not_finite(batch)
+        rows = gather_object(_rows_not_finite(batch))  # of all processes: the log shows the main one's messages
         message = (
             f"step {self.step + 1}: not finite: {', '.join(names) or 'the gradient alone'} (gradient norm "
-            f"{float(grad_norm)}). " + (f"Inputs with NaN or infinity: {rows}. " if rows else "")
+            f"{float(grad_norm)}). " + (f"Inputs with NaN or infinity: {rows[:_MAX_NAMED_ROWS]}. " if rows else "")
         ) + f"Rows of this process: {batch['row_ids'][:_MAX_NAMED_ROWS]}."
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
@@ -393,6 +446,7 @@ class _Run:
         """Validate; the random states stay as they were."""
         if self.evaluate_fn is None:
             return
+        self.watch.enter(f"validating after step {self.step}")
         state = checkpoints.capture_random_state(self.accelerator.device)
         self.model.eval()
         with torch.no_grad():
@@ -418,19 +472,22 @@ class _Run:
         value = torch.tensor([float(values[metric])], dtype=torch.float64)
         value = broadcast(value.to(self.accelerator.device), from_process=0)
         self.validations.append((self.step, float(value)))
-        if self._progress().best_step == self.step and self.accelerator.is_main_process:
+        if self._progress().best_step != self.step:
+            return
+        weights = sharded.whole_weights(self.unwrapped)
+        if self.accelerator.is_main_process:
             path = early_stopping.best_model_path(self.output_dir, self.step)
             path.parent.mkdir(exist_ok=True)
-            checkpoints.save_model(path, self.unwrapped, self.processor)
+            checkpoints.save_model(path, self.unwrapped, self.processor, weights)
 
-    def _save_final_model(self, model_path: Path) -> None:
+    def _save_final_model(self, model_path: Path, weights: dict[str, torch.Tensor] | None) -> None:
         """The model of the best validation, or that of the last step; the main process calls this."""
         best_step = self._progress().best_step
         best = None if best_step is None else early_stopping.best_model_path(self.output_dir, best_step)
         if best is None or not best.is_dir():
             if best is not None:
                 logger.warning("%s is gone: the final model is that of step %d", best, self.step)
-            checkpoints.save_model(model_path, self.unwrapped, self.processor)
+            checkpoints.save_model(model_path, self.unwrapped, self.processor, weights)
         else:
             logger.info("the final model is that of step %d", best_step)
             early_stopping.copy_model(best, model_path)
@@ -440,7 +497,9 @@ class _Run:
         self.accelerator.log(dict(values), step=self.step)
 
     def _save(self) -> None:
-        """Write a checkpoint of the current step."""
+        """Write a checkpoint of the current step, or begin to where it is written in shards."""
+        self._finish_checkpoint()
+        self.watch.enter(f"writing the checkpoint of step {self.step}")
         state = RunState(
             step=self.step,
             num_rows=len(self.dataset),
@@ -458,12 +517,21 @@ class _Run:
             processor=self.processor,
             objective_state=self.objective.state_dict() if isinstance(self.objective, StatefulObjective) else None,
             keep=self.arguments.keep_checkpoints,
+            writer=self.writer,
         )
+        self.unfinished = path if self.writer is not None else None
         self.saved_step = self.step
         if self.accelerator.is_main_process:
             early_stopping.remove_others(self.output_dir, self._progress().best_step)
         self.record.set_status("running", self.step)
-        logger.info("saved %s", path)
+        logger.info("saved %s", path) if self.writer is None else logger.info("saving %s", path)
+
+    def _finish_checkpoint(self) -> None:
+        """Wait until the checkpoint that is written in the background is whole."""
+        if self.writer is not None and self.unfinished is not None:
+            self.watch.enter(f"waiting for the checkpoint {self.unfinished.name}")
+            checkpoints.finish_checkpoint(self.writer, self.unfinished, self.accelerator)
+            self.unfinished = None
 
     def _checkpoint_to_resume(self, resume: bool | str | Path) -> Path | None:
         """Where to continue from. All processes look before the first of them may write."""
@@ -485,7 +553,24 @@ class _Run:
         """Put the run where the checkpoint left it."""
         state = checkpoints.read_run_state(checkpoint)
         self._check_same_run(checkpoint, state)
-        checkpoints.restore_checkpoint(checkpoint, self.unwrapped, self.optimizer, self.accelerator)
+        is_same_world = state.num_processes == self.accelerator.num_processes
+        checkpoints.restore_checkpoint(
+            checkpoint,
+            self.unwrapped,
+            self.optimizer,
+            self.accelerator,
+            with_random_state=is_same_world,
+            group=None if self.writer is None else self.writer.group,
+        )
+        if not is_same_world:
+            _seed_everything(self.arguments.seed, self.accelerator.process_index, state.step)
+            logger.warning(
+                "%s was written by %d processes, and %d continue it: with the same rows at each step, but dropout and "
+                "rounding differ from a run that was never stopped",
+                checkpoint,
+                state.num_processes,
+                self.accelerator.num_processes,
+            )
         if isinstance(self.objective, StatefulObjective):
             self.objective.load_state_dict(checkpoints.load_objective_state(checkpoint))
         self.step = self.first_step = self.saved_step = state.step
@@ -493,22 +578,20 @@ class _Run:
 
     def _check_same_run(self, checkpoint: Path, state: RunState) -> None:
         """Raise a ValueError where continuing would not give what the uninterrupted run gives."""
-        if state.num_processes != self.accelerator.num_processes:
-            raise ValueError(
-                f"{checkpoint} was written by {state.num_processes} processes and cannot be continued by "
-                f"{self.accelerator.num_processes}: dropout would differ. Launch {state.num_processes} processes, or "
-                "start a new run from the checkpoint's weights."
-            )
         if state.num_rows != len(self.dataset):
             raise ValueError(
                 f"{checkpoint} was trained on {state.num_rows} rows, but the training split now has "
                 f"{len(self.dataset)}. Start a new run from the checkpoint's weights."
             )
         now = asdict(self.arguments)
+        free = _FREE_ON_RESUME
+        if state.num_processes != self.accelerator.num_processes:
+            _check_global_batch(checkpoint, state, self.accelerator.num_processes, self.arguments)
+            free = free | {"batch_size_per_process", "micro_batch_size"}
         changed = {
             name: (old, now.get(name))
             for name, old in state.arguments.items()
-            if name not in _FREE_ON_RESUME and _plain(now.get(name)) != _plain(old)
+            if name not in free and _plain(now.get(name)) != _plain(old)
         }
         if changed:
             told = "; ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
@@ -518,11 +601,31 @@ class _Run:
             )
 
 
+def _check_global_batch(checkpoint: Path, state: RunState, num_processes: int, arguments: RunArguments) -> None:
+    """Raise a ValueError where another number of processes would see other rows at each step."""
+    before = state.arguments["batch_size_per_process"] * state.num_processes
+    if arguments.batch_size_per_process * num_processes == before:
+        return
+    cure = (
+        f"Set training.batch_size_per_process={before // num_processes}"
+        if before % num_processes == 0
+        else f"Launch a number of processes that divides {before}"
+    )
+    raise ValueError(
+        f"{checkpoint} was written by {state.num_processes} processes and cannot be continued by {num_processes} with "
+        f"{arguments.batch_size_per_process} rows each: its global batch is {before} rows. {cure}, or start a new run "
+        "from the checkpoint's weights."
+    )
+
+
 def _check_processes(accelerator: Accelerator, arguments: RunArguments) -> None:
     """Refuse a launch that is not what was asked for."""
-    plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in plain:
-        raise ValueError(f"this loop trains by plain data parallelism, not by {accelerator.distributed_type.value}.")
+    known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
+    if accelerator.distributed_type not in known:
+        raise ValueError(
+            f"this loop trains by data parallelism, in shards (FSDP) or without, not by "
+            f"{accelerator.distributed_type.value}. Launch with scripts/launch/fsdp2.yaml."
+        )
     if arguments.num_processes != 1 and _was_launched_for_several(accelerator):
         raise ValueError(
             "several processes were asked for, but only one was started: without GPUs 'accelerate launch' needs mpirun "
@@ -572,9 +675,9 @@ def _make_output_dir(output_dir: Path, accelerator: Accelerator) -> None:
         )
 
 
-def _seed_everything(seed: int, process_index: int) -> None:
+def _seed_everything(seed: int, process_index: int, *step: int) -> None:
     """Give each process its own random states, so that no two of them drop the same units."""
-    own = np.random.SeedSequence([seed, process_index]).generate_state(1)[0]
+    own = np.random.SeedSequence([seed, process_index, *step]).generate_state(1)[0]
     random.seed(int(own))
     np.random.seed(int(own))
     torch.manual_seed(int(own))
