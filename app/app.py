@@ -48,15 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         uploads.mkdir()
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # read when gradio is imported: everything goes with the process
         from demo_models import load_models
-        from interface import build, launch
-        from sessions import Sessions
 
         try:
             models = load_models(chosen, Path(folder))
         except (ValueError, OSError) as error:
             sys.stderr.write(f"{error}\n")
             return 2
-        page = build(models, Sessions(uploads, max_bytes=chosen.max_upload_mb * 2**20), Path(folder) / "examples")
+        from interface import build, launch
+        from sessions import Sessions
+
+        sessions = Sessions(uploads, max_bytes=chosen.max_upload_mb * 2**20)
+        sessions.forget_idle_ones()
+        page = build(models, sessions, Path(folder) / "examples")
         launch(page, host=chosen.host, port=chosen.port, max_upload_mb=chosen.max_upload_mb)
     return 0
 

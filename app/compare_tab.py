@@ -16,7 +16,7 @@ from picture_tab import (
     example_thumbnails,
     heatmap,
 )
-from sessions import Sessions, in_a_sentence, read_upload
+from sessions import GONE, Sessions, in_a_sentence, read_upload
 
 from medclip_hf.explain.overlay import MAX_OPACITY
 
@@ -119,6 +119,8 @@ def build_compare_tab(models: Mapping[str, Model], sessions: Sessions) -> None:
 
     def on_opacity(share: float, request: gr.Request) -> Any:
         kept = sessions.of(request).values
+        if FOUND not in kept and CONCEPT in kept:
+            return markup.error_message(GONE), gr.skip()
         if FOUND not in kept or kept.get(CONCEPT) not in kept[FOUND][0].scores:
             return gr.skip(), gr.skip()
         return both_views(kept, share)

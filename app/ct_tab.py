@@ -10,7 +10,7 @@ import markup
 import numpy as np
 from demo_models import Model, how_to_get
 from examples import TorsoExample
-from sessions import Sessions, check_volume, in_a_sentence
+from sessions import GONE, Sessions, check_volume, in_a_sentence
 from slices import HU_WINDOWS, PLANES, Scan, box_on_grid, colours_of, plane_picture
 
 from medclip_hf.data.ct.anatomy import merge_labels
@@ -118,8 +118,10 @@ def build_ct_tab(models: Mapping[str, Model], sessions: Sessions, torsos: Sequen
                         )
             legend = gr.HTML("", elem_id="ct-legend")
             with gr.Row():
-                hu_window = gr.Radio(list(HU_WINDOWS), value=next(iter(HU_WINDOWS)), label="Grey levels")
-                outlines = gr.Checkbox(True, label="Outline the anatomies", elem_id="ct-outlines", min_width=160)
+                hu_window = gr.Radio(list(HU_WINDOWS), value=next(iter(HU_WINDOWS)), label="Grey levels", scale=3)
+                outlines = gr.Checkbox(
+                    True, label="Outline the anatomies", elem_id="ct-outlines", min_width=160, scale=1
+                )
             chosen = gr.HTML("", elem_id="ct-window")
             table = gr.HTML("", js_on_load=markup.ON_LOAD, elem_id="ct-table")
 
@@ -186,7 +188,9 @@ def build_ct_tab(models: Mapping[str, Model], sessions: Sessions, torsos: Sequen
     def on_finding(window: str, has_outlines: bool, event: gr.EventData, request: gr.Request) -> list[Any]:
         kept = sessions.of(request).values
         choice = str(getattr(event, "choice", ""))
-        if KEY not in kept or not choice.isdigit() or int(choice) >= len(kept[KEY].rows):
+        if KEY not in kept:
+            return [*[gr.skip()] * 6, markup.error_message(GONE)]
+        if not choice.isdigit() or int(choice) >= len(kept[KEY].rows):
             return [gr.skip()] * 7
         scan: Scan = kept[KEY]
         row = scan.rows[int(choice)]

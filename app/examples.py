@@ -77,8 +77,8 @@ def draw_torsos(folder: Path, window_hu: Sequence[float] = (-1150.0, 350.0)) -> 
             folder / str(seed) / "dataset" / "ts_seg" / "ts_total" / scan.relative_to(folder / str(seed) / "dataset")
         )
         findings = plan_patient(seed, FIRST_PATIENT["valid"], _TORSOS)[0].findings
-        names = tuple(TORSO_FINDINGS[finding].ct_rate_name for finding in findings)
-        examples.append(TorsoExample(name, scan, labels, _coronal(scan, window_hu), names))
+        names = [TORSO_FINDINGS[finding].ct_rate_name for finding in findings]
+        examples.append(TorsoExample(name, scan, labels, _coronal(scan, window_hu), tuple(filter(None, names))))
     return tuple(examples)
 
 
@@ -86,4 +86,5 @@ def _coronal(scan: Path, window_hu: Sequence[float]) -> Image.Image:
     values = np.asanyarray(nibabel.load(scan).dataobj)  # type: ignore[attr-defined]  # (x, y, z), LPS
     middle = values[:, values.shape[1] // 2, ::-1].T.astype(np.float32)
     low, high = window_hu
-    return Image.fromarray(np.uint8(np.clip((middle - low) / (high - low), 0, 1) * 255)).resize((96, 96))
+    grey = (np.clip((middle - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+    return Image.fromarray(grey).resize((96, 96))

@@ -45,7 +45,11 @@ def build(models: Models, sessions: Sessions, examples: Path) -> gr.Blocks:
             '<p class="mc-status">Uploads stay on this server while the page is open, and are removed when it is '
             "closed, at the latest after an hour. The examples are drawn by a program and show nobody.</p>"
         )
-        page.unload(sessions.end)
+
+        def leave(request: gr.Request) -> None:
+            sessions.end(request)
+
+        page.unload(leave)
     page.queue(max_size=32, default_concurrency_limit=2, api_open=False)
     return page
 
@@ -65,11 +69,26 @@ def launch(page: gr.Blocks, *, host: str, port: int, max_upload_mb: int) -> None
         enable_monitoring=False,
         footer_links=[],
         max_file_size=f"{max_upload_mb}mb",
-        theme=gr.themes.Base(
-            primary_hue="teal", neutral_hue="slate", font=_FONTS, font_mono=("ui-monospace", "monospace")
-        ),
+        theme=_theme(),
         css_paths=Path(__file__).with_name("style.css"),
     )
     sys.stdout.write(f"Open {url} in a browser; Ctrl+C ends it.\n")
     sys.stdout.flush()
     page.block_thread()
+
+
+def _theme() -> gr.themes.Base:
+    """Colours with enough contrast to be read, and fonts of the visitor's machine."""
+    theme = gr.themes.Base(
+        primary_hue="teal", neutral_hue="slate", font=_FONTS, font_mono=("ui-monospace", "monospace")
+    )
+    return theme.set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+        color_accent="*primary_700",
+        slider_color="*primary_700",
+        checkbox_background_color_selected="*primary_700",
+        checkbox_background_color_selected_dark="*primary_500",
+    )

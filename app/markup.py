@@ -85,7 +85,7 @@ def score_table(
         f'<th scope="col">{html.escape(title)}</th>' for title in (*columns, *([note_title] * bool(note_title)))
     )
     body = "".join(_row(row, row.choice == pressed, bool(note_title)) for row in rows)
-    looks = "mc-table mc-noted" if note_title else "mc-table"
+    looks = "mc-table" + " mc-noted" * bool(note_title) + " mc-many" * (len(columns) > 2)
     return (
         f'<div class="mc-scroll"><table class="{looks}"><caption>{html.escape(caption)}</caption>'
         f"<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>"

@@ -10,7 +10,7 @@ import numpy as np
 from demo_models import Model, how_to_get
 from examples import FIGURE_CONCEPTS, FIGURE_PROMPTS, figure_examples
 from PIL import Image
-from sessions import Sessions, in_a_sentence, read_upload
+from sessions import GONE, Sessions, in_a_sentence, read_upload
 
 from medclip_hf.evaluation.zero_shot import classify_images, published_share_of_patches
 from medclip_hf.explain.overlay import MAX_OPACITY, overlay_map
@@ -173,7 +173,9 @@ def build_picture_tab(models: Mapping[str, Model], sessions: Sessions) -> None:
         said = markup.status("Scored. Choose a concept in the table to see where it is.")
         return said, view_html, concept_table(found), prompt_answers(answers)
 
-    def load_upload(path: str | None, *rest: Any, request: gr.Request) -> tuple[str, ...]:
+    def on_upload(
+        path: str | None, c: list[str], p: list[str], m: str, o: float, request: gr.Request
+    ) -> tuple[str, ...]:
         kept = sessions.of(request).values
         forget_picture(kept)
         received = sessions.received(request, path)
@@ -183,12 +185,7 @@ def build_picture_tab(models: Mapping[str, Model], sessions: Sessions) -> None:
             kept[KEY] = read_upload(received)
         except ValueError as error:
             return markup.error_message(str(error)), markup.placeholder("No picture."), "", ""
-        return score(*rest, request=request)
-
-    def on_upload(
-        path: str | None, c: list[str], p: list[str], m: str, o: float, request: gr.Request
-    ) -> tuple[str, ...]:
-        return load_upload(path, c, p, m, o, request=request)
+        return score(c, p, m, o, request)
 
     def on_example(
         c: list[str], p: list[str], m: str, o: float, event: gr.EventData, request: gr.Request
@@ -204,7 +201,9 @@ def build_picture_tab(models: Mapping[str, Model], sessions: Sessions) -> None:
     def on_opacity(share: float, request: gr.Request) -> Any:
         kept = sessions.of(request).values
         found = kept.get("annotation")
-        if found is None or kept.get("concept") not in found.scores:
+        if found is None:
+            return markup.error_message(GONE) if "concept" in kept else gr.skip()
+        if kept.get("concept") not in found.scores:
             return gr.skip()
         return heatmap(found, kept["concept"], min(max(float(share), 0.0), 1.0))
 

@@ -4,9 +4,8 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import gradio as gr
 from PIL import Image
 
 from medclip_hf.data.images import UnreadableImage, decode_image, open_image, read_file
@@ -16,8 +15,16 @@ from medclip_hf.processing.conceptclip import to_rgb
 MAX_PICTURE_BYTES = 64 * 2**20
 MAX_VOXELS = 2**28  # 1024 slices of 512 × 512
 MAX_IDLE_S = 3600.0
+_SWEEP_EVERY_S = 60.0
+GONE = "Nothing is here any more: what was scored is forgotten when the connection is lost. Please score it again."
 NIFTI_ENDINGS = (".nii", ".nii.gz")
 _ZIP, _GZIP, _DICOM_MARK, _DICOM_PREAMBLE = b"PK", b"\x1f\x8b", b"DICM", 128
+
+
+class Visitor(Protocol):
+    """Who asks: a request of Gradio."""
+
+    session_hash: str | None
 
 
 @dataclass
@@ -53,28 +60,42 @@ class Sessions:
         """Of an upload that is a picture."""
         return min(self.max_bytes, MAX_PICTURE_BYTES) >> 20
 
-    def of(self, request: gr.Request) -> Session:
+    def of(self, visitor: Visitor) -> Session:
         """What is kept of the visitor who asks."""
         now = time.monotonic()
         with self._lock:
-            for name in [name for name, one in self._sessions.items() if now - one.last_seen > MAX_IDLE_S]:
-                self._forget(name)
-            session = self._sessions.setdefault(str(request.session_hash), Session())
+            self._forget_idle(now)
+            session = self._sessions.setdefault(str(visitor.session_hash), Session())
             session.last_seen = now
             return session
 
-    def end(self, request: gr.Request) -> None:
+    def forget_idle_ones(self) -> None:
+        """Forget, from now on and in a thread of its own, every session that was silent for an hour."""
+
+        def sweep() -> None:
+            while True:
+                time.sleep(_SWEEP_EVERY_S)
+                with self._lock:
+                    self._forget_idle(time.monotonic())
+
+        threading.Thread(target=sweep, daemon=True).start()
+
+    def end(self, visitor: Visitor) -> None:
         """Forget a visitor: memory and files."""
         with self._lock:
-            self._forget(str(request.session_hash))
+            self._forget(str(visitor.session_hash))
 
-    def received(self, request: gr.Request, upload: str | None) -> Path | None:
+    def received(self, visitor: Visitor, upload: str | None) -> Path | None:
         """The path of an upload, which from now on goes with its session."""
         if not upload:
             return None
         path = Path(upload)
-        self.of(request).files.add(path)
+        self.of(visitor).files.add(path)
         return path
+
+    def _forget_idle(self, now: float) -> None:
+        for name in [name for name, one in self._sessions.items() if now - one.last_seen > MAX_IDLE_S]:
+            self._forget(name)
 
     def _forget(self, name: str) -> None:
         ended = self._sessions.pop(name, None)

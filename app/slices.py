@@ -102,7 +102,7 @@ def _slice(volume: NDArray[Any], axis: int, place: int) -> NDArray[Any]:
 
 def _grey(values: NDArray[Any], window: tuple[float, float]) -> NDArray[np.uint8]:
     low, high = window
-    return np.uint8(np.clip((values.astype(np.float32) - low) / (high - low), 0.0, 1.0) * 255.0)
+    return (np.clip((values.astype(np.float32) - low) / (high - low), 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
 def _size_of_view(scan: Scan, axis: int) -> tuple[int, int]:

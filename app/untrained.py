@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from examples import FIGURE_CONCEPTS, FIGURE_PROMPTS
@@ -24,19 +25,24 @@ _SIZE_DHW, _PATCH_DHW = (40, 32, 40), (8, 8, 8)
 _LAYERS = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 
 
-def make_untrained(kind: str, folder: Path) -> Path:
+def make_untrained(kind: str, folder: Path, seed: int = 0) -> Path:
     """The folder of a new untrained model, "conceptclip" or "fvlm"."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = _tokenizer()
     text = {**_LAYERS, "vocab_size": len(tokenizer)}
     if kind == "conceptclip":
-        vision = {**_LAYERS, "image_size": 64, "patch_size": 8}
-        ConceptCLIPModel(ConceptCLIPConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+        small = {**_LAYERS, "image_size": 64, "patch_size": 8}
+        ConceptCLIPModel(ConceptCLIPConfig(text_config=text, vision_config=small)).save_pretrained(folder)
         ConceptCLIPProcessor(SiglipImageProcessorPil(size={"height": 64, "width": 64}), tokenizer).save_pretrained(
             folder
         )
         return folder
-    vision = {**_LAYERS, "num_hidden_layers": 2, "image_size_dhw": _SIZE_DHW, "patch_size_dhw": _PATCH_DHW}
+    vision: dict[str, Any] = {
+        **_LAYERS,
+        "num_hidden_layers": 2,
+        "image_size_dhw": _SIZE_DHW,
+        "patch_size_dhw": _PATCH_DHW,
+    }
     config = FVLMConfig(
         text_config=text,
         vision_config=vision,
@@ -46,7 +52,8 @@ def make_untrained(kind: str, folder: Path) -> Path:
         projection_dim=16,
     )
     model = FVLMModel(config)
-    for head in model.anatomy_heads:  # they start at zero, where all anatomies are alike
+    heads: Any = model.anatomy_heads
+    for head in heads:  # they start at zero, where all anatomies are alike
         torch.nn.init.normal_(head.query)
     model.save_pretrained(folder)
     image_processor = FVLMImageProcessor(
