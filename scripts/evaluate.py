@@ -45,7 +45,7 @@ from medclip_hf.evaluation.ct_protocols import (
     with_findings_of,
 )
 from medclip_hf.evaluation.curves import roc_curve_band
-from medclip_hf.evaluation.encoders import OPEN_CLIP_PREFIX, Encoder, load_encoder
+from medclip_hf.evaluation.encoders import OPEN_CLIP_PREFIX, Encoder, check_model_place, load_encoder
 from medclip_hf.evaluation.intervals import Interval
 from medclip_hf.evaluation.results import (
     StoredResult,
@@ -58,7 +58,7 @@ from medclip_hf.evaluation.results import (
     save_result,
 )
 from medclip_hf.evaluation.run import EvaluationSettings, evaluate_task
-from medclip_hf.evaluation.task_data import TaskData, read_task_data
+from medclip_hf.evaluation.task_data import read_task_data, read_validation_data
 from medclip_hf.evaluation.task_layouts import DATASETS_PREFIX
 from medclip_hf.evaluation.tasks import TASKS, Task, read_task, task, with_split
 from medclip_hf.explain.evaluation_report import figure_table, write_evaluation_report
@@ -241,6 +241,7 @@ def is_ct_model(path: str) -> bool:
         return False
     if (Path(path) / "adapter_config.json").is_file():
         path = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    check_model_place(path)
     try:
         return AutoConfig.from_pretrained(path).model_type == FVLM
     except (OSError, ValueError) as error:
@@ -260,15 +261,18 @@ def find_works(options: argparse.Namespace) -> list[Work]:
             rows += [*TASKS.values(), *own_tasks(options.data)]
         else:
             rows.append(read_task(Path(name)) if name.endswith(".json") else task(name))
-    works, missing = [], []
+    works, missing, of_others = [], [], []
     for row in {row.name: row for row in rows}.values():
         source = source_of(row, options)
         if source is None:
             missing.append(row.name)
         elif row.task_type not in RUNS_HERE:
-            sys.stderr.write(f"{row.name} is a task of {row.task_type}: it is run by {row.script}\n")
+            of_others.append(f"{row.name} is a task of {row.task_type}: it is run by {row.script}")
         else:
             works.append(Work(with_split(row, options.split), source))
+    if not works and of_others and not missing:
+        raise ValueError("; ".join(of_others))
+    sys.stderr.writelines(f"{sentence}\n" for sentence in of_others)
     if missing:
         sys.stderr.write(f"not there below {options.data}: {', '.join(missing)}\n")
     if not works:
@@ -327,8 +331,7 @@ def evaluate(
     if encoder is None:
         stored, groups = evaluate_ct(model, work, settings, options)
     else:
-        data = read_task_data(work.task, work.source, columns=columns_named(options), uncertain=options.uncertain)
-        stored, groups = evaluate_images(encoder, work.task, data, settings, options), data.patients
+        stored, groups = evaluate_images(encoder, work, settings, options)
     seconds = time.perf_counter() - start
     print(f"\n{work.task.title}, {stored.record['split']}: {model.name} ({seconds:.1f} s)")
     print(figure_table({model.name: stored.record["figures"]}).as_text())
@@ -348,25 +351,31 @@ def columns_named(options: argparse.Namespace) -> dict[str, str]:
 
 
 def evaluate_images(
-    encoder: Encoder, row: Task, data: TaskData, settings: EvaluationSettings, options: argparse.Namespace
-) -> StoredResult:
-    """The result of a 2-D model."""
-    wanted = data_fingerprint(encoder, row, data, settings)
+    encoder: Encoder, work: Work, settings: EvaluationSettings, options: argparse.Namespace
+) -> tuple[StoredResult, NDArray[Any] | None]:
+    """The result of a 2-D model; thresholds of several findings come from the validation split, where there is one."""
+    row, reading = work.task, {"columns": columns_named(options), "uncertain": options.uncertain}
+    data = read_task_data(row, work.source, **reading)
+    validation = read_validation_data(row, work.source, **reading) if row.is_multi_label else None
+    wanted = data_fingerprint(encoder, row, data, settings, validation)
     stored = load_result(options.output, row.name, encoder.name, wanted)
     if stored is not None:
-        return stored
+        return stored, data.patients
     with tqdm(total=len(data.items), desc=f"{encoder.name}, {row.name}", unit="image", disable=None) as bar:
         result = evaluate_task(
             encoder,
             row,
             data,
             settings,
+            validation=validation,
             cache=options.cache or options.output / "embeddings",
             progress=lambda done, _: bar.update(done - bar.n),
         )
-    record = describe(encoder, row, data, settings, result)
+    for entry in result.set_aside:
+        logger.warning("%s, %s: set aside: %s (%s)", row.name, entry.where, entry.reason, entry.detail)
+    record = describe(encoder, row, data, settings, result, validation)
     save_result(options.output, record, result.arrays)
-    return StoredResult(record, result.arrays)
+    return StoredResult(record, result.arrays), data.patients
 
 
 def evaluate_ct(
@@ -593,6 +602,8 @@ def write_page(
     first = of_models[0].record
     facts = {"Task": first["title"], "Split": first["split"], "Protocol": first["task_type"].replace("_", " ")}
     for stored in of_models:
+        if chosen_on := stored.record["figures"].get("thresholds", {}).get("chosen_on"):
+            facts[f"Thresholds of {stored.model}"] = f"chosen on {chosen_on}"
         counts = ", ".join(f"{count} {reason}" for reason, count in stored.record["data"]["counts"].items())
         facts[f"Data of {stored.model}"] = "; ".join([counts, *stored.record["data"]["warnings"]])
     for figure in first["published"]:

@@ -4,14 +4,13 @@ import csv
 
 import numpy as np
 import pytest
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from medclip_hf.evaluation.ct_protocols import (
     LabelTable,
     ScoredScans,
     by_unit,
     ct_figures,
-    nearest_corner_threshold,
     read_ct_rate_labels,
     read_rad_chestct_labels,
     read_scores,
@@ -123,16 +122,6 @@ def test_cross_fitted_thresholds_never_see_their_own_patient():
     on_test, cross_fitted = np.mean(gains, axis=0)
     assert on_test > 0.55
     assert cross_fitted == pytest.approx(0.5, abs=0.04)
-
-
-def test_the_corner_is_found_among_scikit_learn_s_thresholds():
-    data = random_scans(50)
-    values, truth = data.scores[:, 0], data.table.labels[:, 0]
-    false_alarms, sensitivity, _ = roc_curve(truth, values)
-    positive = values > nearest_corner_threshold(values, truth)
-    distance = np.hypot(1 - positive[truth].mean(), positive[~truth].mean())
-    assert distance == pytest.approx(np.hypot(1 - sensitivity, false_alarms).min())
-    assert nearest_corner_threshold(values, np.ones(50, bool)) == 0.5
 
 
 def test_probabilities_within_a_hundredth_still_get_a_threshold_between_them():

@@ -243,3 +243,11 @@ def test_features_and_table_of_different_length_or_kind_are_refused(script, file
     np.savez(files / "features.npz", features=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="plain arrays"):
         load_probe_data(files / "features.npz", files / "table.csv", label_column="kind")
+
+
+def test_a_small_share_of_findings_holds_each_finding_and_a_sample_without_it():
+    labels = np.zeros((200, 2), dtype=bool)
+    labels[::2, 0] = True
+    for seed in range(5):
+        rows = stratified_subset(labels, 0.005, seed)
+        assert {True, False} == set(labels[rows, 0].tolist())

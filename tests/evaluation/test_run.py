@@ -164,6 +164,19 @@ def test_unknown_labels_do_not_count(multi_label):
     assert list(result.figures["undefined"]) == ["red"]
 
 
+def test_several_findings_are_decided_at_thresholds_of_validation_where_it_has_other_images(multi_label):
+    task, encoder = zero_shot_task(is_multi_label=True), colour_encoder(has_patches=True)
+    settings = dataclasses.replace(QUICK, score="local", top_patches=1)
+    validation = dataclasses.replace(multi_label, split="validation")
+    chosen = evaluate_task(encoder, task, multi_label, settings, validation=validation).figures
+    assert chosen["thresholds"]["chosen_on"] == "validation scores of 40 rows"
+    assert chosen["overall"]["balanced_accuracy"]["value"] == 1.0
+    patients = np.array([f"p{k}" for k in range(40)])
+    of_same_patients = [dataclasses.replace(data, patients=patients) for data in (multi_label, validation)]
+    crossed = evaluate_task(encoder, task, of_same_patients[0], settings, validation=of_same_patients[1]).figures
+    assert crossed["thresholds"]["chosen_on"] == "the other patients, 5 folds"
+
+
 def retrieval_data():
     items = tuple(item(f"{k}.png", shade(COLOURS[NAMES[k]], k)) for k in range(3))
     captions = (("a red thing", "red again"), ("a green thing",), ("a blue thing", "blue", "very blue"))

@@ -1,6 +1,7 @@
 """Data sets in the documented layouts, and what becomes of rows and splits that are wrong."""
 
 import csv
+import io
 import json
 from collections.abc import Callable
 
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_hf.evaluation.task_data import read_task_data
+from medclip_hf.data.images import UnreadableImage
+from medclip_hf.evaluation.task_data import read_task_data, read_validation_data
 from medclip_hf.evaluation.tasks import Task, read_task, task
 
 
@@ -188,6 +190,59 @@ def test_an_empty_class_is_named(tmp_path):
 
 
 # What would make the figures wrong is refused.
+
+
+def test_a_class_that_the_tested_split_lacks_is_a_class_and_an_empty_folder_is_named(tmp_path):
+    for split, names in (("train", ("cyst", "mass", "scar")), ("test", ("cyst", "mass"))):
+        for number, name in enumerate(names):
+            paint(tmp_path / split / name / "a.png", (number, len(split), 0))
+    (tmp_path / "test" / "empty").mkdir()
+    data = read_task_data(classification(), tmp_path)
+    assert data.class_names == ("cyst", "mass", "scar")
+    assert data.empty_classes == ("scar",)
+    assert data.counts == {"in use": 2, "class folder without a file": 1}
+
+
+def test_one_wrong_label_among_places_is_set_aside_and_spoils_no_other(tmp_path):
+    for k in range(5):
+        paint(tmp_path / f"{k}.png", (k, 0, 0))
+    write_csv(tmp_path / "t.csv", ["image", "label"], [["0.png", "0"], ["1.png", "1"], ["2.png", "7"], ["3.png", ""]])
+    data = read_task_data(classification(split="all", class_names=("cyst", "mass")), tmp_path)
+    assert data.labels.tolist() == [0, 1]
+    assert data.counts == {"in use": 2, "label outside the class list": 1, "no label": 1}
+
+
+def test_the_validation_split_is_read_where_there_is_one_beside_the_tested_split(tmp_path):
+    for split in ("val", "test"):
+        for number, name in enumerate(("cyst", "mass")):
+            paint(tmp_path / split / name / "a.png", (number, len(split), 0))
+    found = read_validation_data(classification(), tmp_path)
+    assert found is not None
+    assert (found.split, len(found.items)) == ("validation", 2)
+    assert read_validation_data(classification(split="all"), tmp_path) is None
+    (tmp_path / "val").rename(tmp_path / "train")
+    assert read_validation_data(classification(), tmp_path) is None
+
+
+def test_a_dicom_picture_is_read_as_its_window_shows_it_and_a_damaged_one_has_a_reason(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    header = pydicom.dataset.Dataset()
+    header.file_meta = pydicom.dataset.FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    header.SOPClassUID, header.SOPInstanceUID = pydicom.uid.SecondaryCaptureImageStorage, "1.2.3"
+    header.Modality, header.PhotometricInterpretation, header.SamplesPerPixel = "DX", "MONOCHROME2", 1
+    header.Rows, header.Columns, header.BitsAllocated, header.BitsStored, header.HighBit = 2, 2, 16, 16, 15
+    header.PixelRepresentation, header.WindowCenter, header.WindowWidth = 0, 100, 200
+    header.PixelData = np.array([[0, 0], [4000, 4000]], dtype=np.uint16).tobytes()
+    (tmp_path / "cyst").mkdir()
+    (tmp_path / "mass").mkdir()
+    header.save_as(tmp_path / "cyst" / "a.dcm", enforce_file_format=True)
+    content = (tmp_path / "cyst" / "a.dcm").read_bytes()
+    (tmp_path / "mass" / "b.dcm").write_bytes(content[:-6])
+    whole, damaged = read_task_data(classification(split="all"), tmp_path).items
+    assert np.asarray(Image.open(io.BytesIO(whole.read()))).tolist() == [[0, 0], [255, 255]]
+    with pytest.raises(UnreadableImage, match="DICOM"):
+        damaged.read()
 
 
 def test_a_split_that_is_missing_is_refused_with_those_there_are(tmp_path):

@@ -147,11 +147,11 @@ def test_results_of_other_settings_use_the_same_embeddings(script, place, tmp_pa
     ("options", "changes", "message"),
     [
         ([], {"task": "absent"}, "there is no task"),
-        ([], {"models": ("absent",)}, "is no model"),
+        ([], {"models": ("absent",)}, "there is no folder"),
         ([], {"models": ()}, "name --model"),
         ([], {"models": ("ours", "ours")}, "name of its own"),
         ([], {"task": "siim_acr"}, "holds 0 files"),
-        ([], {"task": "slake"}, "this script can evaluate"),
+        ([], {"task": "slake"}, "it is run by scripts/train_vqa.py"),
         ([], {"task": "ct_rate"}, "2-D images"),
         (["--dtype", "int8"], {}, "dtype"),
         (["--top-patches", "0"], {}, "top_patches"),
@@ -168,6 +168,15 @@ def test_mistakes_end_with_2_and_a_sentence(script, place, tmp_path, capsys, opt
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_model_of_the_hub_that_cannot_be_reached_is_one_sentence_and_no_minute_of_attempts(
+    script, place, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    options = ["--task", "pmc_sample", "--data", str(place / "data"), "--output", str(tmp_path)]
+    assert script.main(["--model", "no-such-owner/no-such-model", *options]) == 2
+    assert "the Hub could not give it" in capsys.readouterr().err
 
 
 def test_the_benchmark_table_is_printed(script, capsys):

@@ -8,7 +8,7 @@ intervals by patient; by volume, by study and by patient.
 
 import csv
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +16,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from medclip_hf.evaluation.classification import classification_figures
+from medclip_hf.data.ct.sources import rad_chestct_labels, rad_chestct_patients
 from medclip_hf.evaluation.ct_zero_shot import RAD_CHESTCT_TO_CT_RATE, published_operating_point
+from medclip_hf.evaluation.decisions import ScoredFindings, figures_with_chosen_thresholds
 from medclip_hf.evaluation.intervals import mean_with_interval
 from medclip_hf.evaluation.tasks import Task
 
@@ -25,9 +26,7 @@ logger = logging.getLogger(__name__)
 
 Unit = Literal["volume", "study", "patient"]
 UNITS: tuple[Unit, ...] = ("volume", "study", "patient")
-NUM_FOLDS = 5
 _NIFTI = ".nii.gz"
-_RAD_CHESTCT_ID = "NoteAcc_DEID"
 _SCORE_COLUMNS = ("scan_id", "refused")
 _CT_RATE_ID = "VolumeName"
 _ON_TEST_LABELS = "chosen on the test labels, as published: too good as an estimate for new scans"
@@ -117,26 +116,13 @@ def read_rad_chestct_labels(paths: Sequence[Path], summary: Path | None = None) 
     scan_ids: list[str] = []
     labels: list[list[bool]] = []
     for path in paths:
-        rows = _read_table(path)
-        columns = {
-            name: [column for column in rows[0] if column.partition("*")[0] == name] for name in RAD_CHESTCT_TO_CT_RATE
-        }
-        lacking = [name for name, found in columns.items() if not found] + [_RAD_CHESTCT_ID] * (
-            _RAD_CHESTCT_ID not in rows[0]
-        )
-        if lacking:
-            raise ValueError(f"{path} has no columns for {lacking}: expected '<abnormality>*<location>'")
-        for row in rows:
-            scan_id = Path(row[_RAD_CHESTCT_ID]).stem
-            present = {
-                name: any(_flag(row[column], f"{path}, {scan_id}, {column}") for column in found)
-                for name, found in columns.items()
-            }
+        for scan_id, present in rad_chestct_labels(path).items():
+            lacking = [name for name in RAD_CHESTCT_TO_CT_RATE if name not in present]
+            if lacking:
+                raise ValueError(f"{path} has no columns for {lacking}: expected '<abnormality>*<location>'")
             scan_ids.append(scan_id)
             labels.append([present[name] for name, mapped in RAD_CHESTCT_TO_CT_RATE.items() for _ in mapped])
-    patient_of = {}
-    if summary is not None:
-        patient_of = {Path(row[_RAD_CHESTCT_ID]).stem: row["MRN_DEID"] for row in _read_table(summary)}
+    patient_of = {} if summary is None else rad_chestct_patients(summary)
     patients = [patient_of.get(scan_id, scan_id) for scan_id in scan_ids]
     return _label_table(paths[0], scan_ids, scan_ids, patients, findings, labels)
 
@@ -294,47 +280,26 @@ def ct_figures(
     Raises:
         ValueError: validation and test share a patient, or their findings differ.
     """
-    table, scores = by_unit(scans, unit)
-    known = ~np.isnan(scores)
-    thresholds, how = _thresholds(table, scores, None if validation is None else by_unit(validation, unit), seed)
-    # A score above its threshold is positive: centred there, all findings and folds share the threshold 0.5.
-    centred = np.where(known, 0.5 + 0.5 * (scores - thresholds), 0.0)
+    tested = _scored_findings(scans, unit)
     resampling: dict[str, Any] = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
-    arguments: dict[str, Any] = {"groups": table.patient_ids, "known": known, **resampling}
-    figures = classification_figures(np.where(known, scores, 0.0), table.labels, table.findings, **arguments).as_dict()
-    decided = classification_figures(
-        centred, table.labels, table.findings, thresholds=np.nextafter(0.5, 1.0), **arguments
-    ).as_dict()
-    _take_decisions(figures, decided)
+    figures = figures_with_chosen_thresholds(
+        tested, None if validation is None else _scored_findings(validation, unit), **resampling
+    )
     return {
         **figures,
         "unit": unit,
-        "counts": {**scans.counts, f"{unit} rows": len(scores), "scores missing": int((~known).sum())},
-        "thresholds": how,
-        "published": _published(table, scores),
+        "counts": {
+            **scans.counts,
+            f"{unit} rows": len(tested.scores),
+            "scores missing": int(np.isnan(tested.scores).sum()),
+        },
+        "published": _published(tested),
     }
 
 
-_OF_DECISIONS = (
-    "accuracy",
-    "balanced_accuracy",
-    "sensitivity",
-    "specificity",
-    "precision",
-    "f1",
-    "f1_macro",
-    "f1_micro",
-)
-
-
-def _take_decisions(figures: dict[str, Any], decided: Mapping[str, Any]) -> None:
-    """Put the figures of decisions at chosen thresholds in the place of those at 0.5."""
-    for name in _OF_DECISIONS:
-        if name in decided["overall"]:
-            figures["overall"][name] = decided["overall"][name]
-        for finding, own in figures["per_class"].items():
-            if name in decided["per_class"][finding]:
-                own[name] = decided["per_class"][finding][name]
+def _scored_findings(scans: ScoredScans, unit: Unit) -> ScoredFindings:
+    table, scores = by_unit(scans, unit)
+    return ScoredFindings(scores, table.labels, table.patient_ids, table.findings)
 
 
 def by_unit(scans: ScoredScans, unit: Unit) -> tuple[LabelTable, NDArray[np.float64]]:
@@ -368,72 +333,19 @@ def _merged(
     return merged, joined
 
 
-# Thresholds ------------------------------------------------------------------------------------------------------
+# The release's figures -----------------------------------------------------------------------------------------------
 
 
-def nearest_corner_threshold(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> float:
-    """The threshold whose point lies nearest to the corner (0, 1) of the ROC plane; a score above it is positive.
-
-    The same aim as the published rule, but among the midpoints between scores instead of 100 fixed values, since
-    probabilities of a trained model may all lie within a hundredth. 0.5 where one class is missing.
-    """
-    known = ~np.isnan(scores)
-    values, truth = scores[known], labels[known]
-    if not truth.any() or truth.all():
-        return 0.5
-    levels = np.unique(values)
-    candidates = np.concatenate([[levels[0] - 1e-12], 0.5 * (levels[1:] + levels[:-1]), levels[-1:]])
-    ordered_positive, ordered_negative = np.sort(values[truth]), np.sort(values[~truth])
-    sensitivity = 1.0 - np.searchsorted(ordered_positive, candidates, side="right") / len(ordered_positive)
-    false_alarms = 1.0 - np.searchsorted(ordered_negative, candidates, side="right") / len(ordered_negative)
-    return float(candidates[np.argmin(np.hypot(1.0 - sensitivity, false_alarms))])
-
-
-def _thresholds(
-    table: LabelTable,
-    scores: NDArray[np.float64],
-    validation: tuple[LabelTable, NDArray[np.float64]] | None,
-    seed: int,
-) -> tuple[NDArray[np.float64], dict[str, Any]]:
-    """A threshold for each score (N, F), and how they were chosen."""
-    if validation is not None:
-        other, other_scores = validation
-        shared = set(other.patient_ids.tolist()) & set(table.patient_ids.tolist())
-        if shared or other.findings != table.findings:
-            raise ValueError(
-                f"validation and test share {len(shared)} patients; thresholds need other patients, and the same "
-                "findings"
-            )
-        chosen = _per_finding(other_scores, other.labels)
-        how = {
-            "chosen_on": f"validation scores of {len(other_scores)} rows",
-            "values": dict(zip(table.findings, chosen.tolist(), strict=True)),
-        }
-        return np.broadcast_to(chosen, scores.shape), how
-    patients, owner = np.unique(table.patient_ids, return_inverse=True)
-    num_folds = min(NUM_FOLDS, len(patients))
-    fold = np.random.default_rng(seed).permutation(len(patients))[owner] % max(num_folds, 1)
-    thresholds = np.full(scores.shape, 0.5)
-    for number in range(num_folds if num_folds > 1 else 0):
-        thresholds[fold == number] = _per_finding(scores[fold != number], table.labels[fold != number])
-    means = dict(zip(table.findings, thresholds.mean(axis=0).tolist(), strict=True))
-    return thresholds, {"chosen_on": f"the other patients, {num_folds} folds", "means": means}
-
-
-def _per_finding(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> NDArray[np.float64]:
-    return np.array([nearest_corner_threshold(scores[:, k], labels[:, k]) for k in range(scores.shape[1])])
-
-
-def _published(table: LabelTable, scores: NDArray[np.float64]) -> dict[str, Any]:
+def _published(tested: ScoredFindings) -> dict[str, Any]:
     """The release's figures: a missing score is 0, thresholds come from the test labels, means are over findings."""
     points: dict[str, dict[str, float]] = {}
     undefined = []
-    for column, finding in enumerate(table.findings):
-        truth = table.labels[:, column]
+    for column, finding in enumerate(tested.finding_names):
+        truth = tested.labels[:, column]
         if truth.all() or not truth.any():
             undefined.append(finding)
             continue
-        points[finding] = asdict(published_operating_point(scores[:, column], truth))
+        points[finding] = asdict(published_operating_point(tested.scores[:, column], truth))
     names = ("accuracy", "sensitivity", "specificity", "precision", "weighted_f1")
     means = {
         name: mean_with_interval([point[name] for point in points.values()], num_resamples=0).value for name in names

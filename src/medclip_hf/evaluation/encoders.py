@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 OPEN_CLIP_PREFIX = "open_clip:"
 _TEXT_BATCH = 64
+_HUB_TIMEOUT_S = 10.0
 # Changes when the meaning of what an encoder gives changes, so that older caches are not taken for new ones.
 _INTERFACE_VERSION = 1
 # Where a model came from and how it was loaded; precision is named apart.
@@ -165,6 +168,7 @@ def load_encoder(
     precision = _dtype_of(dtype, place)
     if str(model).startswith(OPEN_CLIP_PREFIX):
         return _load_open_clip(str(model).removeprefix(OPEN_CLIP_PREFIX), place, precision, name)
+    check_model_place(str(model), revision)
     try:
         loaded, report = AutoModel.from_pretrained(model, revision=revision, dtype=precision, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(model, revision=revision)
@@ -183,6 +187,32 @@ def load_encoder(
     return make_encoder(
         loaded, processor, device=place, dtype=precision, name=name or Path(str(model)).resolve().name or str(model)
     )
+
+
+def check_model_place(model: str, revision: str | None = None) -> None:
+    """Ask once whether a model is there: loading would ask again and again for a minute where no network is.
+
+    Args:
+        model: folder or Hub name.
+        revision: of a repository on the Hub.
+
+    Raises:
+        ValueError: it is a path without a folder, or a name that neither the cache nor the Hub has.
+    """
+    if Path(model).is_dir():
+        return
+    if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith("/"):
+        raise ValueError(f"there is no folder {model}: name the folder of a model, or a repository of the Hub.")
+    try:
+        if isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
+            return
+        HfApi().model_info(model, revision=revision, timeout=_HUB_TIMEOUT_S)
+    except (OSError, ValueError, HTTPError) as error:  # the Hub's own, of the connection, of the name
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{model} is no folder on this disk, not in the cache, and the Hub could not give it: {reason} Name the "
+            "folder of a model, or a repository of the Hub that you can reach."
+        ) from error
 
 
 def make_encoder(

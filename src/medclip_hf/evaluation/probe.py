@@ -335,10 +335,11 @@ def stratified_subset(
     groups: ArrayLike | None = None,
     known: ArrayLike | None = None,
 ) -> NDArray[np.intp]:
-    """Rows (n,), rising, of a share of the samples that keeps the share of every class, with at least one of each.
+    """Rows (n,), rising, of a share of the samples that keeps the share of every class.
 
     Groups are drawn whole, the rarest class first: as many of its positives as its share asks for, then others until
-    the share of samples is reached (Sechidis et al. 2011). Labels that are not known count as absent.
+    the share of samples is reached (Sechidis et al. 2011). Each class has at least one sample and one without it;
+    labels that are not known count as neither.
 
     Args:
         labels: (N,) integers or (N, K) bool or 0 and 1.
@@ -350,12 +351,16 @@ def stratified_subset(
     truth = np.asarray(labels)
     if truth.ndim == 1:
         truth = truth[:, None] == np.unique(truth)
-    truth = truth.astype(bool) if known is None else truth.astype(bool) & np.asarray(known, dtype=bool)
+    is_known = np.ones(truth.shape, dtype=bool) if known is None else np.asarray(known, dtype=bool)
+    truth = truth.astype(bool) & is_known
     if fraction >= 1.0:
         return np.arange(len(truth))
     group_of = group_index(groups, len(truth))
     num_groups = int(group_of.max()) + 1
-    positives = np.stack([np.bincount(group_of, weights=column, minlength=num_groups) for column in truth.T], axis=1)
+    positives, negatives = (
+        np.stack([np.bincount(group_of, weights=column, minlength=num_groups) for column in side.T], axis=1)
+        for side in (truth, ~truth & is_known)
+    )
     sizes = np.bincount(group_of, minlength=num_groups)
     order = np.random.default_rng(seed).permutation(num_groups)
     totals = positives.sum(axis=0)
@@ -363,6 +368,7 @@ def stratified_subset(
     taken = np.zeros(num_groups, dtype=bool)
     for k in np.argsort(totals, kind="stable"):
         _take(taken, [g for g in order if positives[g, k]], positives[:, k], wanted[k])
+        _take(taken, [g for g in order if negatives[g, k]], negatives[:, k], 1)
     _take(taken, order, sizes, max(1, round(fraction * len(truth))))
     return np.flatnonzero(taken[group_of])
 

@@ -28,7 +28,7 @@ from medclip_hf.evaluation.tasks import Task
 
 logger = logging.getLogger(__name__)
 
-_RESULT_VERSION = 1
+_RESULT_VERSION = 2  # 2: decisions about several findings at chosen thresholds
 _MAX_NAMED = 100  # rows set aside that a result names; all are counted
 
 
@@ -56,13 +56,22 @@ def fingerprint(identity: str, task: Task, data_identity: str, settings: Mapping
     return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
-def data_fingerprint(encoder: Encoder, task: Task, data: TaskData, settings: EvaluationSettings) -> str:
-    """`fingerprint` of a model on a task's data."""
-    return fingerprint(encoder.identity, task, f"{data.identity}{data.label_identity}", settings.identity)
+def data_fingerprint(
+    encoder: Encoder, task: Task, data: TaskData, settings: EvaluationSettings, validation: TaskData | None = None
+) -> str:
+    """`fingerprint` of a model on a task's data and on what chose its thresholds."""
+    splits = [data] if validation is None else [data, validation]
+    identity = "".join(f"{split.identity}{split.label_identity}" for split in splits)
+    return fingerprint(encoder.identity, task, identity, settings.identity)
 
 
 def describe(
-    encoder: Encoder, task: Task, data: TaskData, settings: EvaluationSettings, result: TaskResult
+    encoder: Encoder,
+    task: Task,
+    data: TaskData,
+    settings: EvaluationSettings,
+    result: TaskResult,
+    validation: TaskData | None = None,
 ) -> dict[str, Any]:
     """The record of a result, for JSON."""
     set_aside = [*data.set_aside, *result.set_aside]
@@ -77,7 +86,7 @@ def describe(
         "split": data.split,
         "model": encoder.name,
         "model_identity": encoder.identity,
-        "fingerprint": data_fingerprint(encoder, task, data, settings),
+        "fingerprint": data_fingerprint(encoder, task, data, settings, validation),
         "precision": str(encoder.dtype).removeprefix("torch."),
         "settings": settings.identity,
         "facts": result.facts,
@@ -180,7 +189,7 @@ def _pair(
             known=np.logical_and.reduce(masks) if masks else None,
             **resampling,
         )
-        # Findings decided at 0.5 are no figure worth a test; the decision of a single label is.
+        # Decisions about findings hang on each model's thresholds; the decision about a single label does not.
         compared = ("auroc", "balanced_accuracy") if first.record["figures"]["kind"] == "single-label" else ("auroc",)
         return {name: differences[name].as_dict() for name in compared if name in differences}
     return _pair_of_hits(first, second, (places, other_places), resampling)

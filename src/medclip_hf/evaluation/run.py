@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medclip_hf.evaluation.classification import classification_figures
+from medclip_hf.evaluation.decisions import ScoredFindings, figures_with_chosen_thresholds
 from medclip_hf.evaluation.embedding_cache import (
     DEFAULT_BATCH_SIZE,
     CachedImages,
@@ -117,6 +118,7 @@ def evaluate_task(
     data: TaskData,
     settings: EvaluationSettings | None = None,
     *,
+    validation: TaskData | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> TaskResult:
@@ -127,6 +129,8 @@ def evaluate_task(
         task: of the type zero_shot_classification or retrieval.
         data: from `read_task_data`.
         settings: the defaults are the published protocol.
+        validation: another split of the same task, on which decisions about several findings get their thresholds;
+            images of patients that are tested are left out. None: thresholds are cross-fitted on the other patients.
         cache: folder of embeddings; None: nothing is kept.
         progress: called with (images done, images of all).
 
@@ -136,7 +140,7 @@ def evaluate_task(
     """
     settings = settings or EvaluationSettings()
     if task.task_type == "zero_shot_classification":
-        return _classify(encoder, task, data, settings, cache, progress)
+        return _classify(encoder, task, data, validation, settings, cache, progress)
     if task.task_type == "retrieval":
         return _retrieve(encoder, data, settings, cache, progress)
     raise ValueError(f"{task.name} is a task of {task.task_type}: run {task.script}")
@@ -145,10 +149,32 @@ def evaluate_task(
 # Zero-shot classification ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """Scores of the images of a split that could be read.
+
+    Args:
+        images: from the cache or computed.
+        rows: (N,) their places in the data.
+        by_kind: (N, K) of each kind the model has.
+        labels: (N,) or (N, K).
+        known: (N, K); None where all are.
+        embedded: when the embeddings were there.
+    """
+
+    images: CachedImages
+    rows: Tensor
+    by_kind: dict[ScoreKind, NDArray[np.float64]]
+    labels: NDArray[Any]
+    known: NDArray[np.bool_] | None
+    embedded: float
+
+
 def _classify(
     encoder: Encoder,
     task: Task,
     data: TaskData,
+    validation: TaskData | None,
     settings: EvaluationSettings,
     cache: Path | None,
     progress: Progress | None,
@@ -164,6 +190,35 @@ def _classify(
     if kind != "global" and concept_embeds is not None:
         question = PatchQuestion(concept_embeds, top_patches)
     start = time.perf_counter()
+    tested = _score_split(encoder, task, data, text_embeds, question, settings, cache, progress)
+    other_split = None
+    if validation is not None and task.is_multi_label:
+        other_split = _score_split(encoder, task, validation, text_embeds, question, settings, cache, None)
+    scored = time.perf_counter()
+    figures = {
+        name: _figures(name, task, (tested, data), (other_split, validation), settings) for name in tested.by_kind
+    }
+    arrays = {"scores": tested.by_kind[kind], "labels": tested.labels, "rows": tested.rows.numpy()}
+    return TaskResult(
+        figures=figures[kind],
+        arrays=arrays if tested.known is None else {**arrays, "known": tested.known},
+        other_scores={name: found["overall"] for name, found in figures.items() if name != kind},
+        set_aside=_unreadable(tested.images, data),
+        seconds=_seconds(start, tested.embedded, scored),
+        facts=_facts(tested.images, tested.rows) | {"score": kind} | ({"top_patches": top_patches} if question else {}),
+    )
+
+
+def _score_split(
+    encoder: Encoder,
+    task: Task,
+    data: TaskData,
+    text_embeds: Tensor,
+    question: PatchQuestion | None,
+    settings: EvaluationSettings,
+    cache: Path | None,
+    progress: Progress | None,
+) -> _Scored:
     images = embed_images(
         encoder,
         data,
@@ -176,26 +231,12 @@ def _classify(
     embedded = time.perf_counter()
     rows = images.is_readable.nonzero()[:, 0]
     scores = _scores(encoder, images, rows, text_embeds, settings, is_multi_label=task.is_multi_label)
-    scored = time.perf_counter()
-    by_kind = {"mixed": scores.mixed_scores, "global": scores.global_scores, "local": scores.local_scores}
-    chosen = by_kind[kind]
-    assert chosen is not None  # a local score is asked for only of models with patches
-    labels, known = data.labels[rows.numpy()], None if data.known is None else data.known[rows.numpy()]
-    figures = _figures(chosen, labels, known, data, rows, settings)
-    others = {
-        name: _figures(values, labels, known, data, rows, settings)["overall"]
-        for name, values in by_kind.items()
-        if values is not None and name != kind and scores.local_scores is not None
-    }
-    arrays = {"scores": chosen, "labels": labels, "rows": rows.numpy()}
-    return TaskResult(
-        figures=figures,
-        arrays=arrays if known is None else {**arrays, "known": known},
-        other_scores=others,
-        set_aside=_unreadable(images, data),
-        seconds=_seconds(start, embedded, scored),
-        facts=_facts(images, rows) | {"score": kind} | ({"top_patches": top_patches} if question else {}),
-    )
+    by_kind: dict[ScoreKind, NDArray[np.float64]] = {"global": scores.global_scores}
+    if scores.local_scores is not None:
+        by_kind = {"mixed": scores.mixed_scores, "global": scores.global_scores, "local": scores.local_scores}
+    assert data.labels is not None  # checked by the caller; a task's splits are alike
+    known = None if data.known is None else data.known[rows.numpy()]
+    return _Scored(images, rows, by_kind, data.labels[rows.numpy()], known, embedded)
 
 
 def _class_vectors(encoder: Encoder, task: Task, data: TaskData) -> tuple[Tensor, Tensor | None]:
@@ -230,23 +271,47 @@ def _scores(
 
 
 def _figures(
-    scores: NDArray[np.float64],
-    labels: NDArray[Any],
-    known: NDArray[np.bool_] | None,
-    data: TaskData,
-    rows: Tensor,
+    kind: ScoreKind,
+    task: Task,
+    tested: tuple[_Scored, TaskData],
+    validation: tuple[_Scored | None, TaskData | None],
     settings: EvaluationSettings,
 ) -> dict[str, Any]:
-    return classification_figures(
-        scores,
-        labels,
-        data.class_names,
-        known=known,
-        groups=_groups(data, rows),
-        num_resamples=settings.num_resamples,
-        confidence=settings.confidence,
-        seed=settings.seed,
-    ).as_dict()
+    scored, data = tested
+    resampling: dict[str, Any] = {
+        "num_resamples": settings.num_resamples,
+        "confidence": settings.confidence,
+        "seed": settings.seed,
+    }
+    if not task.is_multi_label:
+        groups = _groups(data, scored.rows)
+        return classification_figures(
+            scored.by_kind[kind], scored.labels, data.class_names, groups=groups, **resampling
+        ).as_dict()
+    of_test = _findings(kind, scored, data)
+    of_validation = None
+    if validation[0] is not None and validation[1] is not None:
+        of_validation = _without(_findings(kind, validation[0], validation[1]), of_test.patients)
+    return figures_with_chosen_thresholds(of_test, of_validation, **resampling)
+
+
+def _findings(kind: ScoreKind, scored: _Scored, data: TaskData) -> ScoredFindings:
+    """Scores of several findings, NaN where the label is not known; an image without a patient is its own."""
+    scores = scored.by_kind[kind]
+    if scored.known is not None:
+        scores = np.where(scored.known, scores, np.nan)
+    patients = _groups(data, scored.rows)
+    if patients is None:
+        patients = np.array([f"\0{data.split} {row}" for row in scored.rows.tolist()])
+    return ScoredFindings(scores, scored.labels, patients, tuple(data.class_names))
+
+
+def _without(findings: ScoredFindings, patients: NDArray[Any]) -> ScoredFindings | None:
+    """The rows of other patients, None where there is none."""
+    kept = ~np.isin(findings.patients, patients)
+    if not kept.any():
+        return None
+    return ScoredFindings(findings.scores[kept], findings.labels[kept], findings.patients[kept], findings.finding_names)
 
 
 # Retrieval -------------------------------------------------------------------------------------------------------

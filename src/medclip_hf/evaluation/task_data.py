@@ -16,10 +16,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from medclip_hf.data.hospital.grey_levels import UnusablePicture
+from medclip_hf.data.hospital.pictures import PictureSettings, encode_picture, read_pictures
 from medclip_hf.data.images import UnreadableImage, path_inside, read_file
 from medclip_hf.evaluation.task_layouts import (
     DATASETS_PREFIX,
     BrokenRow,
+    MissingSplit,
     RawRow,
     canonical_split,
     read_dataset_rows,
@@ -30,6 +33,7 @@ from medclip_hf.evaluation.tasks import Task
 logger = logging.getLogger(__name__)
 
 ALL_SPLITS = "all"
+VALIDATION = "validation"
 Uncertain = Literal["unknown", "negative", "positive"]
 _NAMED_IN_ERRORS = 5
 _TRUE, _FALSE, _UNCERTAIN = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no"), ("-1", "-1.0")
@@ -143,14 +147,15 @@ def read_task_data(
         uncertain: what a cell of −1 (CheXpert's "uncertain") becomes; an empty cell is always unknown.
 
     Raises:
-        ValueError: the split is missing or empty, an image is in two splits, nothing is left, or as `read_rows`.
+        MissingSplit: the data have no row of the split.
+        ValueError: an image is in two splits, nothing is left, or as `read_rows`.
     """
     rows, broken = _rows_of(task, source, columns or {})
     split = canonical_split(task.split)
     chosen = rows if split == ALL_SPLITS else [row for row in rows if row.split == split]
     if not chosen:
         found = sorted({row.split or "none" for row in rows})
-        raise ValueError(
+        raise MissingSplit(
             f"{task.name}: no row of the split {task.split!r} in {source}; the splits there are "
             f"{', '.join(found) or 'none at all'}. Name one of them, or {ALL_SPLITS!r} for every row."
         )
@@ -158,7 +163,7 @@ def read_task_data(
     if split != ALL_SPLITS:
         _refuse_leaks(rows, split, folder, task)
     build = _Builder(task, folder, uncertain, [SetAside(row.where, row.reason) for row in broken])
-    data = build.retrieval(chosen) if task.task_type == "retrieval" else build.classification(chosen)
+    data = build.retrieval(chosen) if task.task_type == "retrieval" else build.classification(chosen, rows)
     if not data.items:
         first = data.set_aside[0]
         raise ValueError(
@@ -169,6 +174,26 @@ def read_task_data(
         if reason != "in use":
             logger.warning("%s, %s: %d set aside: %s", task.name, split, count, reason)
     return data
+
+
+def read_validation_data(
+    task: Task,
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    uncertain: Uncertain = "unknown",
+) -> TaskData | None:
+    """The validation split of a task, to choose thresholds on; None where there is none beside the tested split.
+
+    Raises:
+        ValueError: as `read_task_data`.
+    """
+    if canonical_split(task.split) in (VALIDATION, ALL_SPLITS):
+        return None
+    try:
+        return read_task_data(replace(task, split=VALIDATION), source, columns=columns, uncertain=uncertain)
+    except MissingSplit:
+        return None
 
 
 def _rows_of(task: Task, source: str | Path, columns: Mapping[str, str]) -> tuple[list[RawRow], list[BrokenRow]]:
@@ -220,6 +245,18 @@ def _file_hash(path: Path) -> bytes:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
 
 
+def _read_picture(path: Path) -> bytes:
+    """An encoded picture; of a DICOM file its middle frame as its own window shows it, as PNG without its header."""
+    content = read_file(path)
+    if content[128:132] != b"DICM":
+        return content
+    try:
+        (picture,) = read_pictures(path, PictureSettings(frames="middle"))
+    except UnusablePicture as error:
+        raise UnreadableImage(f"DICOM: {error.reason}", path.name) from error
+    return encode_picture(picture.image, max_side=0)
+
+
 class _Builder:
     """Turns rows into data, setting aside what cannot be used."""
 
@@ -229,14 +266,15 @@ class _Builder:
         self.uncertain = uncertain
         self.set_aside = set_aside
 
-    def classification(self, rows: Sequence[RawRow]) -> TaskData:
-        """Images with labels."""
-        names = self.task.class_names or self._names_in(rows)
+    def classification(self, rows: Sequence[RawRow], of_all_splits: Sequence[RawRow]) -> TaskData:
+        """Images with labels; a class that another split alone has is a class, without an image."""
+        names = self.task.class_names or self._names_in(of_all_splits)
         usable: list[tuple[RawRow, ImageItem, Any]] = []
         label_of = self._flags_of if self.task.is_multi_label else self._place_of
-        as_numbers = not self.task.is_multi_label and _are_places(rows, names)
+        # Labels may be places in the class list: then each place, as a word, stands for its class.
+        written = [str(k) for k in range(len(names))] if _are_places(of_all_splits, names) else names
         for row, item in self._distinct(rows):
-            label = int(row.labels[0]) if as_numbers and row.labels else label_of(row, names)
+            label = label_of(row, names if self.task.is_multi_label else written)
             if isinstance(label, SetAside):
                 self.set_aside.append(label)
             else:
@@ -274,7 +312,7 @@ class _Builder:
         if any(patients) and not all(patients):
             count = sum(patient is None for patient in patients)
             warnings.append(f"{count} of {len(patients)} images name no patient; each counts as a patient of its own")
-        named = [patient or f"\0image {place}" for place, patient in enumerate(patients)]
+        named = [patient or f"\0{self.task.split} {place}" for place, patient in enumerate(patients)]
         data = TaskData(
             tuple(items),
             canonical_split(self.task.split),
@@ -308,7 +346,7 @@ class _Builder:
             self.set_aside.append(SetAside(row.where, error.reason, error.detail))
             return None
         status = path.stat()
-        return ImageItem(row.item_id, f"{status.st_size}:{status.st_mtime_ns}", partial(read_file, path))
+        return ImageItem(row.item_id, f"{status.st_size}:{status.st_mtime_ns}", partial(_read_picture, path))
 
     def _find(self, relative: str) -> Path:
         """The file of an image: below the folder, or below its folder `images`."""
@@ -370,11 +408,6 @@ class _Builder:
 
 
 def _are_places(rows: Sequence[RawRow], names: Sequence[str]) -> bool:
-    """Whether the labels are places in the class list: all are whole numbers below its length, none is a name."""
+    """Whether the labels are places in the class list: none is a name, and some are whole numbers below its length."""
     values = {label for row in rows for label in row.labels or ()}
-    return (
-        bool(values)
-        and not values & set(names)
-        and all(value.isdecimal() and int(value) < len(names) for value in values)
-        and all(row.labels is not None and len(row.labels) == 1 for row in rows)
-    )
+    return not values & set(names) and any(value.isdecimal() and int(value) < len(names) for value in values)

@@ -12,7 +12,7 @@ from typing import Any
 
 from medclip_hf.evaluation.tasks import Layout, Task
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".ppm", ".pgm")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".ppm", ".pgm", ".dcm")
 # One word for each split, whatever a data set calls it.
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "trn"), "train"),
@@ -30,6 +30,10 @@ COLUMN_WORDS = {
 }
 LABEL_SEPARATOR = "|"
 DATASETS_PREFIX = "datasets:"
+
+
+class MissingSplit(ValueError):
+    """The data set has no row of the split."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +142,10 @@ def _folder_rows(folder: Path) -> Rows:
     splits = [child for child in _folders(folder) if canonical_split(child.name) in SPLIT_WORDS.values()]
     for top in splits or [folder]:
         for class_folder in _folders(top):
-            for path in sorted(class_folder.rglob("*")):
-                if path.name.startswith(".") or not path.is_file():
-                    continue
+            files = [path for path in sorted(class_folder.rglob("*")) if path.is_file() and path.name[0] != "."]
+            if not files:
+                yield BrokenRow(class_folder.relative_to(folder).as_posix(), "class folder without a file")
+            for path in files:
                 relative = path.relative_to(folder).as_posix()
                 if path.suffix.lower() not in IMAGE_ENDINGS:
                     yield BrokenRow(relative, "not an image file")
@@ -308,7 +313,8 @@ def read_dataset_rows(name: str, split: str, task: Task, columns: Mapping[str, s
         columns: see `read_rows`.
 
     Raises:
-        ValueError: the data set or its split is not there, or it has no column of images.
+        MissingSplit: it has no such split.
+        ValueError: the data set is not there, or it has no column of images.
     """
     table = _load_split(name, split)
     names = _dataset_columns(table, columns or {}, name)
@@ -364,7 +370,7 @@ def _load_split(name: str, split: str) -> Any:
         return loaded
     found = {canonical_split(word): word for word in loaded}
     if canonical_split(split) not in found:
-        raise ValueError(f"{name} has the splits {sorted(loaded)}, not {split!r}")
+        raise MissingSplit(f"{name} has the splits {sorted(loaded)}, not {split!r}")
     return loaded[found[canonical_split(split)]]
 
 

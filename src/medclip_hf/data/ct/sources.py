@@ -29,6 +29,7 @@ _RAD_CHESTCT_SPLITS = {
     "validation": ("val", "imgvalid"),
     "test": ("tst", "imgtest"),
 }
+_RAD_CHESTCT_ID = "NoteAcc_DEID"
 _TABLE_COLUMNS = (
     *("image", "labels", "scan_id", "study_id", "patient_id"),
     *("series_uid", "findings", "impression"),
@@ -184,8 +185,9 @@ def rad_chestct_sources(root: Path, split: str, segmentations: Path | None = Non
     paths = sorted(root.rglob(f"{prefix}*.npz"))
     if not paths:
         raise ValueError(f"no {prefix}*.npz below {root}. Name the folder of the unpacked archive.")
-    findings = _rad_chestct_findings(root / f"{table}_Abnormality_and_Location_Labels.csv")
-    patients = _rad_chestct_patients(root / "Summary_3630.csv")
+    label_table, summary = root / f"{table}_Abnormality_and_Location_Labels.csv", root / "Summary_3630.csv"
+    findings = rad_chestct_labels(label_table) if label_table.is_file() else {}
+    patients = rad_chestct_patients(summary) if summary.is_file() else {}
     sources = []
     for path in paths:
         scan_id = path.stem
@@ -197,31 +199,43 @@ def rad_chestct_sources(root: Path, split: str, segmentations: Path | None = Non
                 patient_id=patients.get(scan_id, scan_id),
                 image_path=path,
                 labels_path=segmentation if segmentation and segmentation.is_file() else None,
-                labels=findings.get(scan_id, ()),
+                labels=tuple(sorted(findings.get(scan_id, {}).items())),
             )
         )
     return sources
 
 
-def _rad_chestct_findings(path: Path) -> dict[str, tuple[tuple[str, bool], ...]]:
-    """Per scan, the findings with the columns "finding*location" of all locations OR-ed."""
-    if not path.is_file():
-        return {}
-    found = {}
-    for row in _read_csv(path, ["NoteAcc_DEID"]):
+def rad_chestct_labels(path: Path) -> dict[str, dict[str, bool]]:
+    """Per scan, which findings are present at any location, from the columns "<finding>*<location>" of one table.
+
+    Raises:
+        ValueError: no such table, no column of scans, a cell that is not 0 or 1, or a scan that occurs twice.
+    """
+    found: dict[str, dict[str, bool]] = {}
+    for row in _read_csv(path, [_RAD_CHESTCT_ID]):
+        scan_id = Path(row[_RAD_CHESTCT_ID]).stem
+        if scan_id in found:
+            raise ValueError(f"{path} labels the scan {scan_id} twice")
         present: dict[str, bool] = {}
-        for column, value in row.items():
-            if column != "NoteAcc_DEID":
-                finding = column.partition("*")[0]
-                present[finding] = present.get(finding, False) or _is_true(value)
-        found[Path(row["NoteAcc_DEID"]).stem] = tuple(sorted(present.items()))
+        for column, cell in row.items():
+            if column == _RAD_CHESTCT_ID:
+                continue
+            if cell.strip() not in ("0", "1", "0.0", "1.0"):
+                raise ValueError(f"{path}, {scan_id}, {column}: expected 0 or 1, got {cell!r}")
+            finding = column.partition("*")[0]
+            present[finding] = present.get(finding, False) or _is_true(cell)
+        found[scan_id] = present
     return found
 
 
-def _rad_chestct_patients(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    return {Path(row["NoteAcc_DEID"]).stem: row["MRN_DEID"] for row in _read_csv(path, ["NoteAcc_DEID", "MRN_DEID"])}
+def rad_chestct_patients(path: Path) -> dict[str, str]:
+    """Per scan, the pseudonym of its patient, from ``Summary_3630.csv``.
+
+    Raises:
+        ValueError: no such table, or it lacks a column.
+    """
+    rows = _read_csv(path, [_RAD_CHESTCT_ID, "MRN_DEID"])
+    return {Path(row[_RAD_CHESTCT_ID]).stem: row["MRN_DEID"] for row in rows}
 
 
 def table_sources(path: Path) -> list[ScanSource]:
