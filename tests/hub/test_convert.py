@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 
@@ -19,12 +18,14 @@ from medclip_hf.hub.checkpoints import read_weights
 from medclip_hf.hub.convert import (
     CHECK_NAME,
     REPORT_NAME,
+    build_processor,
     convert_checkpoint,
     convert_towers,
     export_official,
 )
 from medclip_hf.hub.convert_check import check_folder, compare_checks
 from medclip_hf.hub.convert_conceptclip import to_official_state_dict as conceptclip_to_official
+from medclip_hf.hub.convert_fvlm import from_towers
 from medclip_hf.hub.convert_fvlm import to_official_state_dict as fvlm_to_official
 
 NUM_WORDS = 30
@@ -36,6 +37,8 @@ FVLM_FIELDS = {
     "feature_layers": [0],
     "pooling_num_attention_heads": 2,
 }
+FVLM_VISION = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+FVLM_VISION |= {"image_size_dhw": [8, 8, 8], "patch_size_dhw": [4, 4, 4]}
 TEXT = {
     "vocab_size": NUM_WORDS,
     "hidden_size": 8,
@@ -54,8 +57,7 @@ def conceptclip(**fields) -> ConceptCLIPModel:
 
 
 def fvlm() -> FVLMModel:
-    vision = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "patch_size_dhw": (4, 4, 4)}
-    fields = FVLM_FIELDS | {"vision_config": vision | FVLM_FIELDS["vision_config"], "text_config": TEXT}
+    fields = FVLM_FIELDS | {"vision_config": FVLM_VISION, "text_config": TEXT}
     torch.manual_seed(0)
     return FVLMModel(FVLMConfig(**fields, projection_dim=12)).eval()
 
@@ -141,6 +143,25 @@ def test_weights_of_half_precision_stay_so(tmp_path, tokenizer):
     source = write_official(tmp_path / "model.safetensors", conceptclip().to(torch.bfloat16))
     convert_checkpoint(source, tmp_path / "out", tokenizer=tokenizer, config=HEADS)
     assert AutoModel.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_weights_of_several_formats_are_widened_and_the_report_tells_which(tmp_path, tokenizer):
+    official = conceptclip_to_official(conceptclip().to(torch.bfloat16).state_dict())
+    official |= {key: value.float() for key, value in official.items() if "norm" in key}
+    save_file(official, tmp_path / "model.safetensors")
+    report = convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out", tokenizer=tokenizer, config=HEADS)
+    loaded = AutoModel.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded.text_projection.weight, official["text.proj.weight"].float())
+    assert "text_projection.weight" in report["widened"]["torch.bfloat16"]
+    assert report["widened"].keys() == {"torch.bfloat16"}
+
+
+def test_an_fvlm_in_half_precision_goes_back_in_one_format(tmp_path):
+    source = write_official(tmp_path / "model.pth", fvlm().half())
+    convert_checkpoint(source, tmp_path / "out", config=FVLM_FIELDS, with_processor=False)
+    export_official(tmp_path / "out", tmp_path / "back.pth")
+    assert {value.dtype for value in read_weights(tmp_path / "back.pth").values()} == {torch.float16}
 
 
 @pytest.mark.parametrize("name", ["conceptclip", "fvlm"])
@@ -249,6 +270,25 @@ def test_fields_of_a_tower_are_merged_with_what_is_published(tmp_path, bert):
     assert not loaded.use_patch_concept_alignment
 
 
+def test_a_text_tower_that_brings_code_is_read_without_it_and_leaves_no_trace(tmp_path, bert):
+    """As CXR-BERT's repository is made: a type of its own, and code for model and tokenizer."""
+    code = {"auto_map": {"AutoConfig": "cxr.Config", "AutoModel": "cxr.Model", "AutoTokenizer": ["cxr.Words", None]}}
+    for name, changes in (("config.json", {"model_type": "cxr-bert"}), ("tokenizer_config.json", {})):
+        values = json.loads((bert / name).read_text()) | code | changes
+        (bert / name).write_text(json.dumps(values))
+    (bert / "cxr.py").write_text(f"open({str(tmp_path / 'trapped')!r}, 'w')")
+    model = from_towers(FVLMConfig(**FVLM_FIELDS | {"vision_config": FVLM_VISION}), text_path=bert)
+    build_processor(model.config, bert).save_pretrained(tmp_path / "fvlm")
+    model.save_pretrained(tmp_path / "fvlm")
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+    SiglipTower(SiglipVisionConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "siglip")
+    convert_towers(tmp_path / "clip", architecture="conceptclip", vision=tmp_path / "siglip", text=bert)
+    assert not (tmp_path / "trapped").exists()
+    for path in (*(tmp_path / "fvlm").glob("*.json"), *(tmp_path / "clip").glob("*.json")):
+        assert "cxr." not in path.read_text(), path
+        assert str(tmp_path) not in path.read_text(), path  # paths of this disk stay here
+
+
 def test_the_same_towers_give_the_same_start(tmp_path, bert):
     sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
     SiglipTower(SiglipVisionConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "siglip")
@@ -296,8 +336,12 @@ def test_a_pickle_is_refused_by_its_name_and_never_opened(tmp_path):
         (tmp_path / name).write_bytes(pickle.dumps(Trap()))
     with pytest.raises(ValueError, match="a pickle runs code when it is read"):
         convert_checkpoint(tmp_path / "weights.pkl", tmp_path / "out")
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint of plain tensors"):
-        convert_checkpoint(tmp_path / "weights.pt", tmp_path / "out")
+    torch.save({"state_dict": {}, "more": Trap()}, tmp_path / "zipped.pt")
+    for name in ("weights.pt", "zipped.pt"):
+        with pytest.raises(ValueError, match="cannot be read as a checkpoint of plain tensors") as told:
+            convert_checkpoint(tmp_path / name, tmp_path / "out")
+        assert "weights_only" not in str(told.value)  # PyTorch's own message tells how to run it all the same
+    assert "an object of posix.mkdir" in str(told.value)
     assert not (tmp_path / "trapped").exists()
 
 
@@ -354,6 +398,7 @@ def test_weights_of_wrong_shapes_are_named(tmp_path, tokenizer):
         ({"logit_scale": torch.zeros(2)}, "expected one number"),
         ({"module.logit_scale": torch.zeros(())}, r"come twice, with and without 'module\.': \['logit_scale'\]"),
         ({"visual.trunk.pos_embed": torch.zeros(1, 3, 12)}, "position_embedding"),
+        ({"logit_scale": torch.tensor(3)}, r"weights of \['torch.int64'\]: \['logit_scale'\]"),
     ],
 )
 def test_a_damaged_weight_is_named(tmp_path, change, message):
@@ -369,6 +414,34 @@ def test_shards_that_lie_elsewhere_are_not_followed(tmp_path):
     (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="are no safetensors beside it"):
         convert_checkpoint(tmp_path / "in", tmp_path / "out")
+
+
+def test_an_index_that_does_not_tell_what_its_shards_hold_is_refused(tmp_path):
+    save_file({"one": torch.ones(1)}, tmp_path / "a.safetensors")
+    for weight_map, message in (
+        ({"one": "a.safetensors", "two": "a.safetensors"}, r"do not name the same weights: \['two'\]"),
+        ({}, "0 keys"),
+        ([], "has a weight_map"),
+        ({"one": 3}, "has a weight_map"),
+        ({"one": "b.safetensors"}, "No such file"),
+    ):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ValueError, match=message):
+            convert_checkpoint(tmp_path, tmp_path / "out")
+
+
+def test_tensors_without_values_and_sparse_ones_are_named(tmp_path):
+    for odd in (torch.zeros(2, 2, device="meta"), torch.zeros(2, 2).to_sparse()):
+        torch.save({"text.proj.weight": odd}, tmp_path / "model.pt")
+        with pytest.raises(ValueError, match=r"\['text.proj.weight'\]. Save them as dense tensors"):
+            read_weights(tmp_path / "model.pt")
+
+
+def test_a_temperature_that_is_not_above_zero_is_told(tmp_path):
+    official = fvlm_to_official(fvlm().state_dict()) | {"temp": torch.tensor(0.0)}
+    torch.save({"model": official}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"temp is 0\.0"):
+        convert_checkpoint(tmp_path / "model.pth", tmp_path / "out", config=FVLM_FIELDS, with_processor=False)
 
 
 def test_a_tokenizer_that_is_missing_or_anothers_is_told(tmp_path):
@@ -397,33 +470,26 @@ def test_what_was_written_is_compared_with_what_was_meant(tmp_path):
 # The command -----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_converts_checks_and_goes_back(repository, tmp_path, tokenizer):
+def test_the_command_converts_checks_goes_back_and_tells_a_mistake_in_one_sentence(repository, tmp_path, tokenizer):
     write_official(tmp_path / "model.safetensors", conceptclip())
     (tmp_path / "heads.json").write_text(json.dumps(HEADS))
     script = str(repository / "scripts" / "convert_checkpoint.py")
     code = "import runpy, sys; main = runpy.run_path(sys.argv[1])['main']; "
-    code += "sys.exit(max(main(command.split()) for command in sys.argv[2:]))"
+    code += "print([main(command.split()) for command in sys.argv[2:]])"
     commands = [
         f"official --checkpoint {tmp_path}/model.safetensors --tokenizer {tokenizer} --config {tmp_path}/heads.json "
         f"--output {tmp_path}/out",
         f"check --model {tmp_path}/out",
         f"back --model {tmp_path}/out --output {tmp_path}/back.safetensors",
+        f"official --checkpoint {tmp_path}/absent.pt --output {tmp_path}/none",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     child = subprocess.run(
         [sys.executable, "-c", code, script, *commands], capture_output=True, text=True, env=environment, timeout=300
     )
-    assert child.returncode == 0, child.stderr
+    assert child.stdout.endswith("[0, 0, 0, 2]\n"), child.stderr
     assert "answers as recorded" in child.stdout
+    assert f"error: {tmp_path}/absent.pt is not a file" in child.stderr
+    assert "Traceback" not in child.stderr
     before, after = (load_file(tmp_path / name) for name in ("model.safetensors", "back.safetensors"))
     assert all(torch.equal(value, after[key]) for key, value in before.items())
-
-
-def test_a_mistake_ends_the_command_with_one_sentence(repository, tmp_path):
-    script = repository / "scripts" / "convert_checkpoint.py"
-    command = ["official", "--checkpoint", str(tmp_path / "absent.pt"), "--output", str(tmp_path / "out")]
-    child = subprocess.run([sys.executable, script, *command], capture_output=True, text=True, timeout=300)
-    assert child.returncode == 2
-    assert child.stderr.startswith("error: ")
-    assert "Traceback" not in child.stderr
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)

@@ -10,12 +10,16 @@ import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of distributed training, of torch.compile
+_FOREIGN_OBJECT = re.compile(r"\bGLOBAL ([\w.]+)")  # as the unpickler of PyTorch names it
 
 RenamingTable = Sequence[tuple[str, str]]  # (pattern of a whole key, its replacement or the reason to drop it)
 
@@ -56,11 +60,13 @@ class Conversion:
         weights: by new name; views of the source where the values are its own.
         sources: new name -> the keys whose values it holds; empty for what has no source.
         dropped: key -> the reason why it has no place.
+        widened: number format that came -> the new names that were in it, where it is not the one of `weights`.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    widened: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, name: str, value: Tensor, *sources: str) -> None:
         """Take up a weight."""
@@ -97,12 +103,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except _READ_ERRORS as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint of plain tensors: {lines[0]} It is truncated, of another format, "
-            "or holds objects that would have to be run; nothing of it was. Download it again, or save its tensors as "
-            "safetensors where you trust it."
-        ) from error
+        raise ValueError(f"{path} cannot be read as a checkpoint of plain tensors. {_what_to_do(error)}") from error
     for key in ("model", "state_dict"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
@@ -110,7 +111,22 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in checkpoint.items()
     ):
         raise ValueError(f"{path} holds no dict of tensors, neither directly nor under 'model' or 'state_dict'.")
+    if odd := sorted(key for key, value in checkpoint.items() if value.is_meta or value.layout != torch.strided):
+        raise ValueError(f"{path} holds tensors without values, or sparse ones: {odd[:5]}. Save them as dense tensors.")
     return dict(checkpoint)
+
+
+def _what_to_do(error: Exception) -> str:
+    """A sentence for what a reader raised. PyTorch's own tells how to run the file all the same, and is left out."""
+    if found := _FOREIGN_OBJECT.search(str(error)):
+        return (
+            f"It holds an object of {found[1]}, which would have to be run, and nothing of it was. Where you trust the "
+            "file, save its tensors alone, as safetensors."
+        )
+    reason = ""
+    if not isinstance(error, pickle.UnpicklingError | RuntimeError):
+        reason = f" ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
+    return f"It is truncated or of another format{reason}; nothing of it was run. Download it again."
 
 
 def weights_file(path: str | Path) -> Path:
@@ -133,24 +149,51 @@ def weights_file(path: str | Path) -> Path:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    if strange := sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors")):
-        raise ValueError(f"its shards {strange} are no safetensors beside it.")
+    """The weights of an index, each from the shard that it names."""
     weights: dict[str, Tensor] = {}
-    for name in sorted(names):
-        weights |= load_file(index.parent / name)
+    places = _shards_of(index)
+    for name in sorted(set(places.values())):
+        shard = load_file(index.parent / name)
+        if wrong := sorted(shard.keys() ^ {key for key, place in places.items() if place == name}):
+            raise ValueError(f"the index and {name} do not name the same weights: {wrong[:5]}")
+        weights |= shard
     return weights
 
 
+def _shards_of(index: Path) -> dict[str, str]:
+    """Key -> name of the shard that holds it."""
+    values = json.loads(index.read_text(encoding="utf-8"))
+    places = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError("an index has a weight_map that names the shard of each weight")
+    names = set(places.values())
+    if strange := sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors")):
+        raise ValueError(f"its shards {strange} are no safetensors beside it")
+    return places
+
+
+def weights_files(path: Path) -> list[Path]:
+    """The files that a weights file consists of: itself, or an index and its shards."""
+    if not path.name.endswith(".index.json"):
+        return [path]
+    return [path, *(path.parent / name for name in sorted(set(_shards_of(path).values())))]
+
+
+def bare_name(key: str) -> str:
+    """A key without the prefixes of a distributed wrapper or of `torch.compile`."""
+    return _WRAPPERS.sub("", key)
+
+
 def without_wrapper_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights without the `module.` of a distributed wrapper.
+    """The same weights without the `module.` of a distributed wrapper and the `_orig_mod.` of `torch.compile`.
 
     Raises:
         ValueError: a key comes with and without it.
     """
-    weights = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    weights = {bare_name(key): value for key, value in state_dict.items()}
     if len(weights) < len(state_dict):
-        twice = sorted(key for key in weights if key in state_dict and f"module.{key}" in state_dict)
+        names = [bare_name(key) for key in state_dict]
+        twice = sorted(key for key in weights if names.count(key) > 1)
         raise ValueError(f"these weights come twice, with and without 'module.': {twice}. Keep one of each.")
     return weights
 
@@ -176,6 +219,28 @@ def single(key: str, value: Tensor) -> Tensor:
     if value.numel() != 1:
         raise ValueError(f"{key} has shape {tuple(value.shape)}; expected one number.")
     return value.reshape(1)
+
+
+def in_one_format(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """The weights in the widest floating format among them, which loses nothing, and what came in each other one.
+
+    Half-precision training leaves norms and scalars in float32.
+
+    Raises:
+        ValueError: a weight is no floating number.
+    """
+    odd = sorted(key for key, value in weights.items() if not value.is_floating_point() or value.itemsize < 2)
+    if odd:
+        raise ValueError(
+            f"it holds weights of {sorted({str(weights[key].dtype) for key in odd})}: {odd[:5]}; expected floating "
+            "numbers of 16 bits or more. Undo the quantisation first."
+        )
+    wide = reduce(torch.promote_types, (value.dtype for value in weights.values()))
+    widened: dict[str, list[str]] = {}
+    for key, value in weights.items():
+        if value.dtype != wide:
+            widened.setdefault(str(value.dtype), []).append(key)
+    return {key: value.to(wide) for key, value in weights.items()}, widened
 
 
 def first_match(table: RenamingTable, key: str) -> tuple[re.Match[str], str] | None:

@@ -26,7 +26,15 @@ from transformers import BertTokenizer, PreTrainedModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from medclip_hf.hub import convert_conceptclip, convert_fvlm
-from medclip_hf.hub.checkpoints import Conversion, check_fit, read_weights, weights_file
+from medclip_hf.hub.checkpoints import (
+    Conversion,
+    bare_name,
+    check_fit,
+    in_one_format,
+    read_weights,
+    weights_file,
+    weights_files,
+)
 from medclip_hf.hub.convert_check import check_folder
 from medclip_hf.hub.convert_configs import (
     Architecture,
@@ -34,6 +42,7 @@ from medclip_hf.hub.convert_configs import (
     conceptclip_config,
     detect_architecture,
     fvlm_config,
+    tower_fields,
 )
 from medclip_hf.modeling.conceptclip import ConceptCLIPConfig, ConceptCLIPModel
 from medclip_hf.modeling.fvlm import FVLMConfig, FVLMModel
@@ -135,7 +144,7 @@ def convert_towers(
         fresh += ["vision_model.embeddings.patch_embedding.weight", "vision_model.embeddings.patch_embedding.bias"]
     report = {
         "architecture": architecture,
-        "towers": {"vision": str(vision), "text": str(text), "patch_embedding": patch_embedding},
+        "towers": {"vision": _public_name(vision), "text": _public_name(text), "patch_embedding": patch_embedding},
         "used": {
             tower: sorted(key for key in model.state_dict() if key.startswith(f"{tower}.") and key not in fresh)
             for tower in ("vision_model", "text_model")
@@ -157,7 +166,7 @@ def _conceptclip_from_towers(vision: str | Path, text: str | Path, values: dict[
     model = ConceptCLIPModel.from_vision_text_pretrained(str(vision), str(text), **values)
     merged = model.config.to_dict()
     for name, own in towers.items():
-        merged[name] |= own
+        merged[name] = tower_fields(getattr(model.config, name)) | own
     other = ConceptCLIPModel(ConceptCLIPConfig.from_dict(merged))
     check_fit(other, model.state_dict(), f"{vision} and {text}")
     other.load_state_dict(model.state_dict())
@@ -223,9 +232,7 @@ def _plan(
     with torch.device("meta"):
         model = model_class(config)
     check_fit(model, conversion.weights, "it")
-    kinds = {str(value.dtype) for value in conversion.weights.values()}
-    if len(kinds) > 1 or not next(iter(conversion.weights.values())).is_floating_point():
-        raise ValueError(f"it holds weights of {sorted(kinds)}; expected one floating format. Convert it first.")
+    conversion.weights, conversion.widened = in_one_format(conversion.weights)
     model.to(dtype=next(iter(conversion.weights.values())).dtype)  # type: ignore[call-arg] # a wrapped method
     return conversion, model.eval()
 
@@ -245,10 +252,7 @@ def build_processor(config: Any, tokenizer: str | Path | None) -> ConceptCLIPPro
             "there is no tokenizer beside the checkpoint: name the folder or repository of the text tower's with "
             f"--tokenizer. The published weights use {PUBLISHED_TOKENIZERS[config.model_type]}."
         )
-    try:
-        words = BertTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{tokenizer} holds no tokenizer of BERT that can be read: {error}") from error
+    words = read_bert_tokenizer(tokenizer)
     num_rows = config.text_config.vocab_size
     if not num_rows * (1 - _MAX_UNKNOWN_SHARE) <= len(words) <= num_rows:
         raise ValueError(
@@ -266,25 +270,47 @@ def build_processor(config: Any, tokenizer: str | Path | None) -> ConceptCLIPPro
     return FVLMProcessor(image_processor, words)
 
 
+def read_bert_tokenizer(name: str | Path) -> BertTokenizer:
+    """The tokenizer of a folder or repository, read as BERT's: that of CXR-BERT brings code, which is not run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        words = BertTokenizer.from_pretrained(name)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{name} holds no tokenizer of BERT that can be read: {error}") from error
+    words.init_kwargs.pop("auto_map", None)  # it would be saved, and name code that does not travel along
+    return words
+
+
 def _tokenizer_beside(source: Path) -> Path | None:
     return source.parent if any((source.parent / name).is_file() for name in _TOKENIZER_FILES) else None
+
+
+def _public_name(tower: str | Path) -> str:
+    """Name of a repository as it is; of a file or folder its last part, as the report goes where the model goes."""
+    return Path(tower).resolve().name if Path(tower).exists() else str(tower)
 
 
 def _report(
     source: Path, official: Mapping[str, Tensor], architecture: Architecture, conversion: Conversion
 ) -> dict[str, Any]:
     used, dropped = conversion.used(), conversion.dropped
-    lost = {key.removeprefix("module.") for key in official} - used.keys() - dropped.keys()
+    lost = {bare_name(key) for key in official} - used.keys() - dropped.keys()
     assert not lost, lost  # the converters raise for what they do not know
     for key, reason in dropped.items():
         logger.info("dropped %s: %s", key, reason)
     return {
         "architecture": architecture,
-        "source": {"file": source.name, "bytes": source.stat().st_size, "sha256": _sha256(source)},
+        "source": [
+            {"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)} for path in weights_files(source)
+        ],
         "num_keys": {"came": len(official), "used": len(used), "dropped": len(dropped)},
         "num_weights": sum(value.numel() for value in conversion.weights.values()),
         "used": used,
         "dropped": dropped,
+        "widened": conversion.widened,
         "made": {
             name: "zeros: the release adds no token types" for name, keys in conversion.sources.items() if not keys
         },

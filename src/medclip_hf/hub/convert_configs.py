@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from medclip_hf.data.ct.anatomy import ALL_ANATOMIES, THORACIC_ANATOMIES
+from medclip_hf.hub.checkpoints import bare_name
 from medclip_hf.modeling.conceptclip import ConceptCLIPConfig
 from medclip_hf.modeling.fvlm import FVLMConfig
 
@@ -23,6 +24,8 @@ _MARKS: dict[Architecture, tuple[str, ...]] = {
     "conceptclip": ("visual.trunk.pos_embed", "text.proj.weight"),
     "fvlm": ("query_tokens", "visual_encoder.patch_embedding.position_embeddings"),
 }
+_SECOND_STAGE = ("concept_logit_", "patch_projection.", "token_projection.")
+_OF_THE_FOLDER = ("_name_or_path", "architectures", "auto_map", "transformers_version")
 # Width of a tower -> its heads, of the towers that both papers use.
 _VISION_HEADS = {1152: 16, 768: 12}
 _BERT_HEADS = {768: 12}
@@ -38,7 +41,7 @@ def detect_architecture(keys: Mapping[str, Any]) -> Architecture:
     Raises:
         ValueError: neither model's.
     """
-    names = {key.removeprefix("module.") for key in keys}
+    names = {bare_name(key) for key in keys}
     for architecture, marks in _MARKS.items():
         if names.issuperset(marks):
             return architecture
@@ -77,7 +80,7 @@ def conceptclip_config(weights: Mapping[str, Tensor], overrides: Mapping[str, An
     values = {
         "vision_config": vision,
         "text_config": _bert_values(weights),
-        "use_patch_concept_alignment": "concept_logit_scale" in weights,
+        "use_patch_concept_alignment": any(key.startswith(_SECOND_STAGE) for key in weights),
     }
     check_fields(ConceptCLIPConfig, overrides)
     merged = _merged(values, overrides)
@@ -145,6 +148,11 @@ def check_fields(config_class: type[PreTrainedConfig], given: Mapping[str, Any] 
             raise ValueError(
                 f"{place} of {config_class.model_type} has no {unknown}. Write the names of its own class."
             )
+
+
+def tower_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a tower's configuration, without the path, the class and the code of the folder it came from."""
+    return {key: value for key, value in config.to_dict().items() if key not in _OF_THE_FOLDER}
 
 
 def _bert_values(weights: Mapping[str, Tensor]) -> dict[str, Any]:

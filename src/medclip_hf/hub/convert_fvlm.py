@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, BertModel
+from transformers import BertConfig, BertModel
 
 from medclip_hf.hub.checkpoints import (
     Conversion,
@@ -24,6 +24,7 @@ from medclip_hf.hub.checkpoints import (
     thirds,
     without_wrapper_prefix,
 )
+from medclip_hf.hub.convert_configs import tower_fields
 from medclip_hf.modeling.fvlm.configuration_fvlm import FVLMConfig
 from medclip_hf.modeling.fvlm.modeling_fvlm import FVLMModel, FVLMVisionModel
 
@@ -103,8 +104,10 @@ def convert_official(official: Mapping[str, Tensor]) -> Conversion:
     conversion = Conversion()
     unknown: list[str] = []
     for key, value in without_wrapper_prefix(official).items():
-        if key == "temp":
-            conversion.add("logit_scale", -single(key, value).double().log().to(value.dtype), key)
+        if leftover := first_match(_DROPPED, key):
+            conversion.dropped[key] = leftover[1]
+        elif key == "temp":
+            conversion.add("logit_scale", _log_scale(single(key, value)), key)
         elif key == "query_tokens":
             for index, row in enumerate(value):
                 conversion.add(f"anatomy_heads.{index}.query", row, key)
@@ -113,8 +116,6 @@ def convert_official(official: Mapping[str, Tensor]) -> Conversion:
                 conversion.add(f"vision_model.layers.{match[1]}.self_attn.{name}_proj.{match[2]}", part, key)
         elif renamed := first_match(_RENAMED, key):
             conversion.add(renamed[0].expand(renamed[1]), value, key)
-        elif leftover := first_match(_DROPPED, key):
-            conversion.dropped[key] = leftover[1]
         else:
             unknown.append(key)
     weights = conversion.weights
@@ -127,6 +128,17 @@ def convert_official(official: Mapping[str, Tensor]) -> Conversion:
     positions = weights[_TEXT_POSITIONS]
     conversion.add(_TYPE_EMBEDDINGS, torch.zeros(2, positions.shape[1], dtype=positions.dtype))
     return conversion
+
+
+def _log_scale(temperature: Tensor) -> Tensor:
+    """-ln of the temperature.
+
+    Raises:
+        ValueError: it is not above 0.
+    """
+    if not temperature.item() > 0:
+        raise ValueError(f"temp is {temperature.item()}, but a temperature is above 0: the weights are damaged.")
+    return -temperature.double().log().to(temperature.dtype)
 
 
 def to_official_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -145,8 +157,9 @@ def to_official_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor
     ours[_TEXT_POSITIONS] = ours[_TEXT_POSITIONS] + token_types[0]
     num_anatomies = sum(re.fullmatch(r"anatomy_heads\.\d+\.query", key) is not None for key in ours)
     num_layers = sum(re.fullmatch(r"vision_model\.layers\.\d+\.layer_norm1\.weight", key) is not None for key in ours)
+    scale = ours.pop("logit_scale")
     official = {
-        "temp": (-ours.pop("logit_scale").double()).exp().to(torch.float32).reshape(()),
+        "temp": (-scale.double()).exp().to(scale.dtype).reshape(()),
         "query_tokens": torch.stack([ours.pop(f"anatomy_heads.{index}.query") for index in range(num_anatomies)]),
     }
     for layer in range(num_layers):
@@ -285,8 +298,8 @@ def from_towers(
     Args:
         config: architecture. With `text_path` its `text_config` is replaced by that BERT's.
         mae_path: file of an MAE or ViT encoder (.pth or .safetensors), see `initialize_from_mae`.
-        text_path: folder or Hub name of a BERT, loaded by `BertModel.from_pretrained`. Its dropout is raised to that
-            of the config given here.
+        text_path: folder or Hub name of a BERT, CXR-BERT as well; code that it brings is not run. Its
+            dropout is raised to that of the config given here.
         patch_embedding: see `initialize_from_mae`.
     """
     values: dict[str, Any] = (config or FVLMConfig()).to_dict()
@@ -294,7 +307,7 @@ def from_towers(
         dropouts = {
             name: values["text_config"][name] for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")
         }
-        values["text_config"] = AutoConfig.from_pretrained(text_path).to_dict() | dropouts
+        values["text_config"] = tower_fields(BertConfig.from_pretrained(text_path)) | dropouts
     model = FVLMModel(FVLMConfig.from_dict(values))
     if text_path is not None:
         text_model = BertModel.from_pretrained(text_path, add_pooling_layer=False)
