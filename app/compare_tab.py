@@ -1,143 +1,159 @@
 """The tab "Compare": what two models say of the same picture, and where each of them looks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
 import markup
-from demo_models import Model, how_to_get
-from examples import FIGURE_CONCEPTS
+from demo_models import Model, named_model
 from picture_tab import (
+    MODEL_EVENT,
+    QUICK_EVENT,
     VIEW_SIDE,
+    Annotation,
     annotate,
     checked_texts,
     chosen_example,
-    concept_choices,
+    concept_box,
     example_thumbnails,
+    forget,
     heatmap,
+    upload_box,
 )
 from sessions import GONE, Sessions, in_a_sentence, read_upload
 
 from medclip_hf.explain.overlay import MAX_OPACITY
 
-PICTURE, FOUND, CONCEPT = "compared_picture", "compared", "compared_concept"
+KEY, FOUND, CONCEPT = "compared_picture", "compared", "compared_concept"
+ALONE = (
+    "There is one model alone, so it stands on both sides. Name a second one: python app/app.py --conceptclip FIRST "
+    "--conceptclip SECOND."
+)
 
 
-def build_compare_tab(models: Mapping[str, Model], sessions: Sessions) -> None:
-    """Put the tab's components and what they do into the current page."""
-    if not models:
-        gr.HTML(markup.error_message(how_to_get("conceptclip")))
-        return
-    names = list(models)
-    if len(names) == 1:
-        gr.HTML(
-            markup.status(
-                "There is one model alone, so it stands on both sides. Name a second one: python app/app.py "
-                "--conceptclip FIRST --conceptclip SECOND."
-            )
-        )
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=300):
-            upload = gr.File(
-                label=f"Picture: PNG, JPEG, TIFF or DICOM, up to {sessions.max_picture_mb} MB",
-                height=150,
-                elem_id="compare-upload",
-            )
-            gr.Markdown("Or an example, drawn by a program:", elem_classes="mc-status")
-            thumbs = gr.HTML(example_thumbnails(), js_on_load=markup.ON_LOAD, elem_id="compare-examples")
-        with gr.Column(scale=3, min_width=300):
-            with gr.Row():
-                left = gr.Dropdown(names, value=names[0], label="Left model", min_width=200)
-                right = gr.Dropdown(names, value=names[min(1, len(names) - 1)], label="Right model", min_width=200)
-            concepts = gr.Dropdown(
-                concept_choices(),
-                value=list(FIGURE_CONCEPTS),
-                multiselect=True,
-                allow_custom_value=True,
-                label="Concepts: pick, or type and press Enter",
-                elem_id="compare-concepts",
-            )
-            button = gr.Button("Compare", variant="primary", elem_id="compare-run")
-    message = gr.HTML(markup.status("Choose a picture."), elem_id="compare-message")
-    with gr.Row(equal_height=False):
-        views = [gr.HTML(markup.placeholder("Left model"), elem_id="compare-left", min_width=280)]
-        views.append(gr.HTML(markup.placeholder("Right model"), elem_id="compare-right", min_width=280))
-    opacity = gr.Slider(0.0, 1.0, value=MAX_OPACITY, step=0.05, label="Opacity", elem_id="compare-opacity")
-    table = gr.HTML("", js_on_load=markup.ON_LOAD, elem_id="compare-table")
-    shown: list[Any] = [message, *views, table]
+class CompareTab:
+    """The tab's components and what they do, put into the current page.
 
-    def compare(texts: list[str], first: str, second: str, share: float, request: gr.Request) -> tuple[str, ...]:
-        kept = sessions.of(request).values
-        image = kept.get(PICTURE)
+    Args:
+        models: by name, at least one.
+        sessions: where the picture and what was said of it are kept.
+    """
+
+    def __init__(self, models: Mapping[str, Model], sessions: Sessions) -> None:
+        self.models, self.sessions = models, sessions
+        if len(models) == 1:
+            gr.HTML(markup.status(ALONE))
+        self._lay_out_inputs()
+        self._lay_out_results()
+        self._connect()
+
+    def _lay_out_inputs(self) -> None:
+        names = list(self.models)
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=300):
+                self.upload = upload_box("compare", self.sessions)
+                gr.Markdown("Or an example, drawn by a program:", elem_classes="mc-status")
+                self.thumbs = gr.HTML(example_thumbnails(), js_on_load=markup.ON_LOAD, elem_id="compare-examples")
+            with gr.Column(scale=3, min_width=300):
+                with gr.Row():
+                    self.left = gr.Dropdown(names, value=names[0], label="Left model", min_width=200)
+                    self.right = gr.Dropdown(names, value=names[:2][-1], label="Right model", min_width=200)
+                self.concepts = concept_box("compare")
+                self.button = gr.Button("Compare", variant="primary", elem_id="compare-run")
+
+    def _lay_out_results(self) -> None:
+        self.message = gr.HTML(markup.status("Choose a picture."), elem_id="compare-message")
+        with gr.Row(equal_height=False):
+            self.views: list[Any] = [
+                gr.HTML(markup.placeholder(f"{side.capitalize()} model"), elem_id=f"compare-{side}", min_width=280)
+                for side in ("left", "right")
+            ]
+        self.opacity = gr.Slider(0.0, 1.0, value=MAX_OPACITY, step=0.05, label="Opacity", elem_id="compare-opacity")
+        self.table = gr.HTML("", js_on_load=markup.ON_LOAD, elem_id="compare-table")
+
+    def _connect(self) -> None:
+        inputs: list[Any] = [self.concepts, self.left, self.right, self.opacity]
+        shown: list[Any] = [self.message, *self.views, self.table]
+        compared = self.button.click(self.compare, inputs, shown, **MODEL_EVENT)
+        self.upload.upload(self.on_upload, [self.upload, *inputs], shown, **MODEL_EVENT)
+        self.upload.clear(self.on_upload, [self.upload, *inputs], shown, **MODEL_EVENT)
+        chosen = self.thumbs.click(self.on_example, inputs, [self.upload, *shown], **MODEL_EVENT)
+        for event in (compared, chosen):
+            event.then(fn=None, js=markup.scroll_to("compare-message"))
+        self.table.click(self.on_concept, [self.opacity], self.views, **QUICK_EVENT)
+        self.opacity.input(self.on_opacity, [self.opacity], self.views, **QUICK_EVENT)
+
+    def compare(
+        self, concepts: list[str], left: str, right: str, opacity: float, request: gr.Request
+    ) -> tuple[str, ...]:
+        """Message, both views and the table for the picture of the session."""
+        kept = self.sessions.of(request).values
+        image = kept.get(KEY)
         if image is None:
             return markup.error_message("There is no picture yet: upload one, or choose an example."), "", "", ""
-        kept.pop(FOUND, None)
+        forget(kept, FOUND)
         try:
-            if not (wanted := checked_texts(texts, "concepts")):
+            if not (wanted := checked_texts(concepts, "concepts")):
                 raise ValueError("There is nothing to look for: pick a concept.")
-            if first not in models or second not in models:
-                raise ValueError(f"There is no model {first if first not in models else second}.")
-            found = tuple(annotate(models[name], image, wanted) for name in (first, second))
+            found = tuple(annotate(named_model(self.models, name), image, wanted) for name in (left, right))
         except ValueError as error:
             bare = markup.picture(markup.fitted(image, VIEW_SIDE), "The picture")
             return markup.error_message(in_a_sentence(error)), bare, bare, ""
         kept[FOUND], kept[CONCEPT] = found, next(iter(found[0].scores))
-        rows = [markup.Row(name, name, "", [score, found[1].scores[name]]) for name, score in found[0].scores.items()]
-        scores = markup.score_table(
-            ["Concept", f"Left: {first}", f"Right: {second}"],
-            rows,
-            caption="Probability of each concept by each model. Choose one to see where both look.",
-            pressed=kept[CONCEPT],
-        )
-        return (markup.status("Compared."), *both_views(kept, share), scores)
+        return (markup.status("Compared."), *both_views(kept, opacity), table_of_both(found, left, right))
 
     def on_upload(
-        path: str | None, texts: list[str], first: str, second: str, share: float, request: gr.Request
+        self, path: str | None, concepts: list[str], left: str, right: str, opacity: float, request: gr.Request
     ) -> tuple[str, ...]:
-        kept = sessions.of(request).values
-        for name in (PICTURE, FOUND, CONCEPT):
-            kept.pop(name, None)
-        received = sessions.received(request, path)
+        """As `compare`, for a file that came or went."""
+        kept = self.sessions.of(request).values
+        forget(kept, KEY, FOUND, CONCEPT)
+        received = self.sessions.received(request, path)
         empty = (markup.placeholder("Left model"), markup.placeholder("Right model"), "")
         if received is None:
             return (markup.status("Choose a picture."), *empty)
         try:
-            kept[PICTURE] = read_upload(received)
+            kept[KEY] = read_upload(received)
         except ValueError as error:
             return (markup.error_message(str(error)), *empty)
-        return compare(texts, first, second, share, request)
+        return self.compare(concepts, left, right, opacity, request)
 
     def on_example(
-        texts: list[str], first: str, second: str, share: float, event: gr.EventData, request: gr.Request
+        self, concepts: list[str], left: str, right: str, opacity: float, event: gr.EventData, request: gr.Request
     ) -> tuple[Any, ...]:
-        sessions.of(request).values[PICTURE] = chosen_example(event)
-        return (None, *compare(texts, first, second, share, request))
+        """No upload any more, then as `compare`."""
+        kept = self.sessions.of(request).values
+        forget(kept, FOUND, CONCEPT)
+        kept[KEY] = chosen_example(event)
+        return (None, *self.compare(concepts, left, right, opacity, request))
 
-    def on_concept(share: float, event: gr.EventData, request: gr.Request) -> Any:
-        sessions.of(request).values[CONCEPT] = str(getattr(event, "choice", ""))
-        return on_opacity(share, request)
+    def on_concept(self, opacity: float, event: gr.EventData, request: gr.Request) -> Any:
+        """Both heatmaps of the concept that was clicked."""
+        self.sessions.of(request).values[CONCEPT] = str(getattr(event, "choice", ""))
+        return self.on_opacity(opacity, request)
 
-    def on_opacity(share: float, request: gr.Request) -> Any:
-        kept = sessions.of(request).values
+    def on_opacity(self, opacity: float, request: gr.Request) -> Any:
+        """Both heatmaps of the chosen concept."""
+        kept = self.sessions.of(request).values
         if FOUND not in kept and CONCEPT in kept:
             return markup.error_message(GONE), gr.skip()
         if FOUND not in kept or kept.get(CONCEPT) not in kept[FOUND][0].scores:
             return gr.skip(), gr.skip()
-        return both_views(kept, share)
-
-    inputs: list[Any] = [concepts, left, right, opacity]
-    compared = button.click(compare, inputs, shown, api_visibility="private")
-    upload.upload(on_upload, [upload, *inputs], shown, api_visibility="private")
-    upload.clear(on_upload, [upload, *inputs], shown, api_visibility="private")
-    chosen = thumbs.click(on_example, inputs, [upload, *shown], api_visibility="private")
-    for event in (compared, chosen):
-        event.then(fn=None, js=markup.scroll_to("compare-message"))
-    quick: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-    table.click(on_concept, [opacity], views, **quick)
-    opacity.input(on_opacity, [opacity], views, **quick)
+        return both_views(kept, opacity)
 
 
-def both_views(kept: Mapping[str, Any], share: float) -> tuple[str, str]:
+def both_views(kept: Mapping[str, Any], opacity: float) -> tuple[str, str]:
     """The heatmaps of the chosen concept by both models, each on its own scale: their spaces have none in common."""
-    first, second = (heatmap(found, kept[CONCEPT], min(max(float(share), 0.0), 1.0)) for found in kept[FOUND])
-    return first, second
+    left, right = (heatmap(found, kept[CONCEPT], opacity) for found in kept[FOUND])
+    return left, right
+
+
+def table_of_both(found: Sequence[Annotation], left: str, right: str) -> str:
+    """Concepts with the scores of both models, in the order of the left one."""
+    rows = [markup.Row(name, name, "", [score, found[1].scores[name]]) for name, score in found[0].scores.items()]
+    return markup.score_table(
+        ["Concept", f"Left: {left}", f"Right: {right}"],
+        rows,
+        caption="Probability of each concept by each model. Choose one to see where both look.",
+        pressed=rows[0].choice,
+    )

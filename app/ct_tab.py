@@ -8,8 +8,9 @@ from typing import Any
 import gradio as gr
 import markup
 import numpy as np
-from demo_models import Model, how_to_get
+from demo_models import Model, named_model
 from examples import TorsoExample
+from picture_tab import QUICK_EVENT, forget
 from sessions import GONE, Sessions, check_volume, in_a_sentence
 from slices import HU_WINDOWS, PLANES, Scan, box_on_grid, colours_of, plane_picture
 
@@ -19,6 +20,7 @@ from medclip_hf.explain.ct_overlay import best_slice
 from medclip_hf.pipelines.pipeline_ct import WHOLE_VOLUME
 
 KEY, BOX, CHOSEN = "scan", "scan_box", "scan_finding"
+MODEL_EVENT: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "fvlm", "concurrency_limit": 1}
 _NO_MASK = (
     "fVLM scores each anatomy inside its mask. Upload the label file that TotalSegmentator made of this scan, or tick "
     "“Score without a mask”, which is worse and flagged."
@@ -84,62 +86,142 @@ def places_of(scan: Scan, row: Mapping[str, Any] | None, box: Any) -> list[int]:
     return [(start + end) // 2 for start, end in bounds]
 
 
-def build_ct_tab(models: Mapping[str, Model], sessions: Sessions, torsos: Sequence[TorsoExample]) -> None:
-    """Put the tab's components and what they do into the current page."""
-    if not models:
-        gr.HTML(markup.error_message(how_to_get("fvlm")))
-        return
-    names = list(models)
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=1, min_width=280):
-            scan_file = gr.File(
-                label=f"CT scan: .nii or .nii.gz, up to {sessions.max_bytes >> 20} MB", height=140, elem_id="ct-upload"
+class CTTab:
+    """The tab's components and what they do, put into the current page.
+
+    Args:
+        models: by name, at least one.
+        sessions: where the scan and what was said of it are kept.
+        torsos: examples.
+    """
+
+    def __init__(self, models: Mapping[str, Model], sessions: Sessions, torsos: Sequence[TorsoExample]) -> None:
+        self.models, self.sessions, self.torsos = models, sessions, torsos
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=1, min_width=280):
+                self._lay_out_inputs()
+            with gr.Column(scale=3, min_width=300):
+                self._lay_out_results()
+        self._connect()
+
+    def _lay_out_inputs(self) -> None:
+        names, limit = list(self.models), self.sessions.max_bytes >> 20
+        self.scan_file = gr.File(label=f"CT scan: .nii or .nii.gz, up to {limit} MB", height=140, elem_id="ct-upload")
+        self.mask_file = gr.File(label="Mask: TotalSegmentator label file", height=140, elem_id="ct-mask")
+        gr.Markdown("Or an example, drawn by a program:", elem_classes="mc-status")
+        pictures = [(str(i), np.asarray(torso.thumbnail), torso.name) for i, torso in enumerate(self.torsos)]
+        examples = markup.thumbnails(pictures, "Examples")
+        self.thumbs = gr.HTML(examples, js_on_load=markup.ON_LOAD, elem_id="ct-examples")
+        with gr.Accordion("More", open=False):
+            self.version = gr.Radio(["v2", "v1"], value="v2", label="TotalSegmentator that made the mask")
+            self.is_whole = gr.Checkbox(False, label="Score without a mask (whole volume; worse, flagged)")
+        self.model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
+        self.button = gr.Button("Score the scan", variant="primary", elem_id="ct-run")
+
+    def _lay_out_results(self) -> None:
+        self.message = gr.HTML(markup.status("Choose a scan."), elem_id="ct-message")
+        self.views: list[Any] = []
+        self.sliders: list[Any] = []
+        with gr.Row(elem_classes="mc-planes"):
+            for plane in PLANES.values():
+                name = plane.lower()
+                with gr.Column(min_width=230):
+                    self.views.append(gr.HTML(markup.placeholder(plane), elem_id=f"ct-{name}"))
+                    slider = gr.Slider(1, 2, value=1, step=1, label=f"{plane} slice", elem_id=f"ct-slider-{name}")
+                    self.sliders.append(slider)
+        self.legend = gr.HTML("", elem_id="ct-legend")
+        with gr.Row():
+            levels = list(HU_WINDOWS)
+            self.hu_window = gr.Radio(levels, value=levels[0], label="Grey levels", scale=3)
+            self.outlines = gr.Checkbox(
+                True, label="Outline the anatomies", elem_id="ct-outlines", min_width=160, scale=1
             )
-            mask_file = gr.File(label="Mask: TotalSegmentator label file", height=140, elem_id="ct-mask")
-            gr.Markdown("Or an example, drawn by a program:", elem_classes="mc-status")
-            pictures = [(str(i), np.asarray(torso.thumbnail), torso.name) for i, torso in enumerate(torsos)]
-            thumbs = gr.HTML(markup.thumbnails(pictures, "Examples"), js_on_load=markup.ON_LOAD, elem_id="ct-examples")
-            with gr.Accordion("More", open=False):
-                version = gr.Radio(["v2", "v1"], value="v2", label="TotalSegmentator that made the mask")
-                is_whole = gr.Checkbox(False, label="Score without a mask (whole volume; worse, flagged)")
-            model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
-            button = gr.Button("Score the scan", variant="primary", elem_id="ct-run")
-        with gr.Column(scale=3, min_width=300):
-            message = gr.HTML(markup.status("Choose a scan."), elem_id="ct-message")
-            with gr.Row(elem_classes="mc-planes"):
-                views, sliders = [], []
-                for plane in PLANES.values():
-                    with gr.Column(min_width=230):
-                        views.append(gr.HTML(markup.placeholder(plane), elem_id=f"ct-{plane.lower()}"))
-                        sliders.append(
-                            gr.Slider(
-                                1, 2, value=1, step=1, label=f"{plane} slice", elem_id=f"ct-slider-{plane.lower()}"
-                            )
-                        )
-            legend = gr.HTML("", elem_id="ct-legend")
-            with gr.Row():
-                hu_window = gr.Radio(list(HU_WINDOWS), value=next(iter(HU_WINDOWS)), label="Grey levels", scale=3)
-                outlines = gr.Checkbox(
-                    True, label="Outline the anatomies", elem_id="ct-outlines", min_width=160, scale=1
-                )
-            chosen = gr.HTML("", elem_id="ct-window")
-            table = gr.HTML("", js_on_load=markup.ON_LOAD, elem_id="ct-table")
+        self.chosen = gr.HTML("", elem_id="ct-window")
+        self.table = gr.HTML("", js_on_load=markup.ON_LOAD, elem_id="ct-table")
 
-    def planes(kept: Mapping[str, Any], places: Sequence[int], window: str, has_outlines: bool) -> list[str]:
-        scan, said = kept[KEY], kept.get(CHOSEN, "")
-        return [
-            plane_picture(scan, axis, place, window, has_outlines, kept.get(BOX), said)
-            for axis, place in zip(PLANES, places, strict=True)
-        ]
+    def _connect(self) -> None:
+        looks: list[Any] = [self.hu_window, self.outlines]
+        shown: list[Any] = [self.message, *self.views, *self.sliders, self.legend, self.chosen, self.table]
+        files: list[Any] = [self.scan_file, self.mask_file]
+        options: list[Any] = [self.version, self.is_whole, self.model]
+        scored = self.button.click(self.score, [*files, *options, *looks], shown, **MODEL_EVENT)
+        picked = self.thumbs.click(self.on_example, [self.model, *looks], [*files, *shown], **MODEL_EVENT)
+        for event in (scored, picked):
+            event.then(fn=None, js=markup.scroll_to("ct-message"))
+        self.table.click(self.on_finding, looks, [*self.views, *self.sliders, self.chosen], **QUICK_EVENT)
+        for axis, slider in enumerate(self.sliders):
+            slider.input(self._scroll(axis), [slider, *looks], [self.views[axis]], **QUICK_EVENT)
+        for control in (self.hu_window, self.outlines):
+            control.input(self.on_look, [*self.sliders, *looks], self.views, **QUICK_EVENT)
 
-    def moved(scan: Scan, places: Sequence[int]) -> list[Any]:
-        return [
-            gr.Slider(minimum=1, maximum=max(2, size), value=place + 1)
-            for size, place in zip(scan.values.shape, places, strict=True)
-        ]
+    def score(
+        self,
+        scan_path: str | None,
+        mask_path: str | None,
+        label_version: str,
+        is_whole: bool,
+        name: str,
+        window: str,
+        has_outlines: bool,
+        request: gr.Request,
+    ) -> list[Any]:
+        """Message, planes, sliders, legend, window and table for the uploaded scan."""
+        scan, mask = self.sessions.received(request, scan_path), self.sessions.received(request, mask_path)
+        if scan is None:
+            return self._refuse("There is no scan yet: upload one, or choose an example.", request)
+        try:
+            found = read_scan(named_model(self.models, name), scan, mask, label_version, is_whole)
+        except ValueError as error:
+            return self._refuse(in_a_sentence(error, scan, mask), request)
+        return self._show(found, window, has_outlines, request)
 
-    def show(scan: Scan, window: str, has_outlines: bool, request: gr.Request) -> list[Any]:
-        kept = sessions.of(request).values
+    def on_example(
+        self, name: str, window: str, has_outlines: bool, event: gr.EventData, request: gr.Request
+    ) -> list[Any]:
+        """No uploads any more, then as `score`."""
+        choice = str(getattr(event, "choice", ""))
+        torso = self.torsos[int(choice) if choice.isdigit() and int(choice) < len(self.torsos) else 0]
+        try:
+            scan = read_scan(named_model(self.models, name), torso.scan, torso.labels, "v2", False, torso.name)
+        except ValueError as error:
+            return [None, None, *self._refuse(in_a_sentence(error, torso.scan, torso.labels), request)]
+        return [None, None, *self._show(replace(scan, drawn=torso.findings), window, has_outlines, request)]
+
+    def on_finding(self, window: str, has_outlines: bool, event: gr.EventData, request: gr.Request) -> list[Any]:
+        """Planes, sliders and sentence for the finding that was clicked."""
+        kept = self.sessions.of(request).values
+        choice = str(getattr(event, "choice", ""))
+        if KEY not in kept:
+            return [*[gr.skip()] * 6, markup.error_message(GONE)]
+        scan: Scan = kept[KEY]
+        if not choice.isdigit() or int(choice) >= len(scan.rows):
+            return [gr.skip()] * 7
+        row = scan.rows[int(choice)]
+        kept[BOX] = None if row["window"] is None else box_on_grid(row["window"], scan)
+        kept[CHOSEN] = f"Window of {row['finding']}" if kept[BOX] else ""
+        places = places_of(scan, row, kept[BOX])
+        said = window_sentence(scan, row, kept[BOX])
+        return [*planes(kept, places, window, has_outlines), *sliders_at(scan, places), said]
+
+    def on_look(self, d: float, h: float, w: float, window: str, has_outlines: bool, request: gr.Request) -> list[Any]:
+        """All planes again, with other grey levels or outlines."""
+        kept = self.sessions.of(request).values
+        if KEY not in kept:
+            return [gr.skip()] * 3
+        return planes(kept, [int(place) - 1 for place in (d, h, w)], window, has_outlines)
+
+    def _scroll(self, axis: int) -> Any:
+        def on_scroll(place: float, window: str, has_outlines: bool, request: gr.Request) -> Any:
+            kept = self.sessions.of(request).values
+            if KEY not in kept:
+                return gr.skip()
+            chosen = kept.get(CHOSEN, "")
+            return plane_picture(kept[KEY], axis, int(place) - 1, window, has_outlines, kept.get(BOX), chosen)
+
+        return on_scroll
+
+    def _show(self, scan: Scan, window: str, has_outlines: bool, request: gr.Request) -> list[Any]:
+        kept = self.sessions.of(request).values
         kept[KEY], kept[BOX], kept[CHOSEN] = scan, None, ""
         places = places_of(scan, None, None)
         depth, height, width = scan.values.shape
@@ -147,91 +229,28 @@ def build_ct_tab(models: Mapping[str, Model], sessions: Sessions, torsos: Sequen
         said = markup.status(f"{scan.name}: {depth} slices of {height} × {width}, voxels of {spacing} mm. Scored.")
         key = "" if scan.mask is None else markup.legend(colours_of(scan.anatomies))
         shown = planes(kept, places, window, has_outlines)
-        return [said, *shown, *moved(scan, places), key, "", findings_table(scan)]
+        return [said, *shown, *sliders_at(scan, places), key, "", findings_table(scan)]
 
-    def refuse(sentence: str, request: gr.Request) -> list[Any]:
-        kept = sessions.of(request).values
-        for name in (KEY, BOX, CHOSEN):
-            kept.pop(name, None)
+    def _refuse(self, sentence: str, request: gr.Request) -> list[Any]:
+        forget(self.sessions.of(request).values, KEY, BOX, CHOSEN)
         empty = [markup.placeholder(plane) for plane in PLANES.values()]
         return [markup.error_message(sentence), *empty, *[gr.skip()] * 3, "", "", ""]
 
-    def score(
-        scan_path: str | None,
-        mask_path: str | None,
-        label_version: str,
-        whole: bool,
-        name: str,
-        window: str,
-        has_outlines: bool,
-        request: gr.Request,
-    ) -> list[Any]:
-        scan, mask = sessions.received(request, scan_path), sessions.received(request, mask_path)
-        if scan is None:
-            return refuse("There is no scan yet: upload one, or choose an example.", request)
-        if name not in models:
-            return refuse(f"There is no model {name}.", request)
-        try:
-            return show(read_scan(models[name], scan, mask, label_version, whole), window, has_outlines, request)
-        except ValueError as error:
-            return refuse(in_a_sentence(error, scan, mask), request)
 
-    def on_example(name: str, window: str, has_outlines: bool, event: gr.EventData, request: gr.Request) -> list[Any]:
-        choice = str(getattr(event, "choice", ""))
-        torso = torsos[int(choice) if choice.isdigit() and int(choice) < len(torsos) else 0]
-        try:
-            scan = read_scan(models[name], torso.scan, torso.labels, "v2", False, torso.name)
-        except (KeyError, ValueError) as error:
-            return [None, None, *refuse(in_a_sentence(error, torso.scan, torso.labels), request)]
-        return [None, None, *show(replace(scan, drawn=torso.findings), window, has_outlines, request)]
-
-    def on_finding(window: str, has_outlines: bool, event: gr.EventData, request: gr.Request) -> list[Any]:
-        kept = sessions.of(request).values
-        choice = str(getattr(event, "choice", ""))
-        if KEY not in kept:
-            return [*[gr.skip()] * 6, markup.error_message(GONE)]
-        if not choice.isdigit() or int(choice) >= len(kept[KEY].rows):
-            return [gr.skip()] * 7
-        scan: Scan = kept[KEY]
-        row = scan.rows[int(choice)]
-        kept[BOX] = None if row["window"] is None else box_on_grid(row["window"], scan)
-        kept[CHOSEN] = f"Window of {row['finding']}" if kept[BOX] else ""
-        places = places_of(scan, row, kept[BOX])
-        return [
-            *planes(kept, places, window, has_outlines),
-            *moved(scan, places),
-            window_sentence(scan, row, kept[BOX]),
-        ]
-
-    def on_look(d: float, h: float, w: float, window: str, has_outlines: bool, request: gr.Request) -> list[Any]:
-        kept = sessions.of(request).values
-        if KEY not in kept:
-            return [gr.skip()] * 3
-        return planes(kept, [int(place) - 1 for place in (d, h, w)], window, has_outlines)
-
-    looks: list[Any] = [hu_window, outlines]
-    everything: list[Any] = [message, *views, *sliders, legend, chosen, table]
-    run: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "ct", "concurrency_limit": 1}
-    scored = button.click(score, [scan_file, mask_file, version, is_whole, model, *looks], everything, **run)
-    picked = thumbs.click(on_example, [model, *looks], [scan_file, mask_file, *everything], **run)
-    for event in (scored, picked):
-        event.then(fn=None, js=markup.scroll_to("ct-message"))
-    quick: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-    table.click(on_finding, looks, [*views, *sliders, chosen], **quick)
-    for axis, slider in enumerate(sliders):
-        slider.input(_one_plane(sessions, axis), [slider, *looks], [views[axis]], **quick)
-    for control in (hu_window, outlines):
-        control.input(on_look, [*sliders, *looks], views, **quick)
+def planes(kept: Mapping[str, Any], places: Sequence[int], window: str, has_outlines: bool) -> list[str]:
+    """The three slices of the scan of a session."""
+    return [
+        plane_picture(kept[KEY], axis, place, window, has_outlines, kept.get(BOX), kept.get(CHOSEN, ""))
+        for axis, place in zip(PLANES, places, strict=True)
+    ]
 
 
-def _one_plane(sessions: Sessions, axis: int) -> Any:
-    def on_scroll(place: float, window: str, has_outlines: bool, request: gr.Request) -> Any:
-        kept = sessions.of(request).values
-        if KEY not in kept:
-            return gr.skip()
-        return plane_picture(kept[KEY], axis, int(place) - 1, window, has_outlines, kept.get(BOX), kept.get(CHOSEN, ""))
-
-    return on_scroll
+def sliders_at(scan: Scan, places: Sequence[int]) -> list[Any]:
+    """The sliders with a scan's numbers of slices, each at a place counted from 0."""
+    return [
+        gr.Slider(minimum=1, maximum=max(2, size), value=place + 1)
+        for size, place in zip(scan.values.shape, places, strict=True)
+    ]
 
 
 def window_sentence(scan: Scan, row: Mapping[str, Any], box: Any) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,17 @@ def load_models(chosen: argparse.Namespace, folder: Path) -> Models:
             made = _load(kind, str(make_untrained(kind, folder / f"untrained_{kind}")), chosen.device, in_words)
             shown[kind] = {f"untrained {kind}": Model(made.pipe, made.findings, is_untrained=True)}
     return Models(**shown)
+
+
+def named_model(models: Mapping[str, Model], name: str) -> Model:
+    """The model that a visitor chose.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in models:
+        raise ValueError(f"There is no model {name!r}. Choose one of {', '.join(models)}.")
+    return models[name]
 
 
 def how_to_get(kind: str) -> str:

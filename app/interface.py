@@ -5,11 +5,11 @@ from pathlib import Path
 
 import gradio as gr
 import markup
-from compare_tab import build_compare_tab
-from ct_tab import build_ct_tab
-from demo_models import Models
+from compare_tab import CompareTab
+from ct_tab import CTTab
+from demo_models import Models, how_to_get
 from examples import draw_torsos
-from picture_tab import build_picture_tab
+from picture_tab import PictureTab
 from sessions import Sessions
 
 _FONTS = ("system-ui", "sans-serif")  # of the visitor's machine: none is fetched
@@ -36,11 +36,20 @@ def build(models: Models, sessions: Sessions, examples: Path) -> gr.Blocks:
             )
         with gr.Tabs():
             with gr.Tab("Picture", id="picture"):
-                build_picture_tab(models.conceptclip, sessions)
+                if models.conceptclip:
+                    PictureTab(models.conceptclip, sessions)
+                else:
+                    gr.HTML(markup.error_message(how_to_get("conceptclip")))
             with gr.Tab("CT scan", id="ct"):
-                build_ct_tab(models.fvlm, sessions, draw_torsos(examples) if models.fvlm else ())
+                if models.fvlm:
+                    CTTab(models.fvlm, sessions, draw_torsos(examples))
+                else:
+                    gr.HTML(markup.error_message(how_to_get("fvlm")))
             with gr.Tab("Compare", id="compare"):
-                build_compare_tab(models.conceptclip, sessions)
+                if models.conceptclip:
+                    CompareTab(models.conceptclip, sessions)
+                else:
+                    gr.HTML(markup.error_message(how_to_get("conceptclip")))
         gr.HTML(
             '<p class="mc-status">Uploads stay on this server while the page is open, and are removed when it is '
             "closed, at the latest after an hour. The examples are drawn by a program and show nobody.</p>"

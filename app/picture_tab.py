@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 import markup
 import numpy as np
-from demo_models import Model, how_to_get
+from demo_models import Model, named_model
 from examples import FIGURE_CONCEPTS, FIGURE_PROMPTS, figure_examples
 from PIL import Image
 from sessions import GONE, Sessions, in_a_sentence, read_upload
@@ -19,7 +19,10 @@ from medclip_hf.pipelines.inputs import shipped_vocabulary
 VIEW_SIDE = 560  # pixels of the longer side
 THUMBNAIL_SIDE = 96
 MAX_TEXTS, MAX_LETTERS = 50, 300
-KEY = "picture"
+KEY, FOUND, CONCEPT = "picture", "annotation", "concept"
+# One question at a time for a model; what is quick need not wait for it.
+MODEL_EVENT: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "conceptclip", "concurrency_limit": 1}
+QUICK_EVENT: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "always_last"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,9 @@ def heatmap(annotation: Annotation, concept: str, opacity: float) -> str:
         )
     maps = [values for values in annotation.maps.values() if values is not None]
     low, high = float(min(values.min() for values in maps)), float(max(values.max() for values in maps))
-    shown = overlay_map(pixels, concept_map, value_range=(low, max(high, low + 1e-6)), max_opacity=opacity)
+    shown = overlay_map(
+        pixels, concept_map, value_range=(low, max(high, low + 1e-6)), max_opacity=min(max(opacity, 0.0), 1.0)
+    )
     caption = f"{concept}: probability {annotation.scores[concept]:.2f}. Bright where patches resemble the concept."
     return markup.picture(shown, f"Heatmap of {concept} over the picture", caption) + markup.colour_bar(
         low, high, "cosine similarity"
@@ -105,119 +110,150 @@ def example_thumbnails() -> str:
     )
 
 
-def build_picture_tab(models: Mapping[str, Model], sessions: Sessions) -> None:
-    """Put the tab's components and what they do into the current page."""
-    if not models:
-        gr.HTML(markup.error_message(how_to_get("conceptclip")))
-        return
-    names = list(models)
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=300):
-            upload = gr.File(
-                label=f"Picture: PNG, JPEG, TIFF or DICOM, up to {sessions.max_picture_mb} MB",
-                height=150,
-                elem_id="picture-upload",
-            )
-            gr.Markdown("Or an example, drawn by a program:", elem_classes="mc-status")
-            thumbs = gr.HTML(example_thumbnails(), js_on_load=markup.ON_LOAD, elem_id="picture-examples")
-            concepts = gr.Dropdown(
-                concept_choices(),
-                value=list(FIGURE_CONCEPTS),
-                multiselect=True,
-                allow_custom_value=True,
-                filterable=True,
-                label="Concepts: pick, or type and press Enter",
-                elem_id="picture-concepts",
-            )
-            prompts = gr.Dropdown(
-                list(FIGURE_PROMPTS),
-                value=list(FIGURE_PROMPTS),
-                multiselect=True,
-                allow_custom_value=True,
-                label="Prompts: which one describes the picture?",
-                elem_id="picture-prompts",
-            )
-            model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
-            button = gr.Button("Score the picture", variant="primary", elem_id="picture-run")
-        with gr.Column(scale=3, min_width=300):
-            message = gr.HTML(markup.status("Choose a picture."), elem_id="picture-message")
-            view = gr.HTML(markup.placeholder("The picture and its heatmaps appear here."), elem_id="picture-view")
-            opacity = gr.Slider(0.0, 1.0, value=MAX_OPACITY, step=0.05, label="Opacity", elem_id="picture-opacity")
-            table = gr.HTML("", js_on_load=markup.ON_LOAD, elem_id="picture-table")
-            prompt_table = gr.HTML("", elem_id="picture-prompt-table")
+class PictureTab:
+    """The tab's components and what they do, put into the current page.
 
-    shown: list[Any] = [message, view, table, prompt_table]
+    Args:
+        models: by name, at least one.
+        sessions: where the picture and what was said of it are kept.
+    """
+
+    def __init__(self, models: Mapping[str, Model], sessions: Sessions) -> None:
+        self.models, self.sessions = models, sessions
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=300):
+                self._lay_out_inputs()
+            with gr.Column(scale=3, min_width=300):
+                self._lay_out_results()
+        self._connect()
+
+    def _lay_out_inputs(self) -> None:
+        names = list(self.models)
+        self.upload = upload_box("picture", self.sessions)
+        gr.Markdown("Or an example, drawn by a program:", elem_classes="mc-status")
+        self.thumbs = gr.HTML(example_thumbnails(), js_on_load=markup.ON_LOAD, elem_id="picture-examples")
+        self.concepts = concept_box("picture")
+        self.prompts = gr.Dropdown(
+            list(FIGURE_PROMPTS),
+            value=list(FIGURE_PROMPTS),
+            multiselect=True,
+            allow_custom_value=True,
+            label="Prompts: which one describes the picture?",
+            elem_id="picture-prompts",
+        )
+        self.model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
+        self.button = gr.Button("Score the picture", variant="primary", elem_id="picture-run")
+
+    def _lay_out_results(self) -> None:
+        self.message = gr.HTML(markup.status("Choose a picture."), elem_id="picture-message")
+        self.view = gr.HTML(markup.placeholder("The picture and its heatmaps appear here."), elem_id="picture-view")
+        self.opacity = gr.Slider(0.0, 1.0, value=MAX_OPACITY, step=0.05, label="Opacity", elem_id="picture-opacity")
+        self.table = gr.HTML("", js_on_load=markup.ON_LOAD, elem_id="picture-table")
+        self.prompt_table = gr.HTML("", elem_id="picture-prompt-table")
+
+    def _connect(self) -> None:
+        inputs: list[Any] = [self.concepts, self.prompts, self.model, self.opacity]
+        shown: list[Any] = [self.message, self.view, self.table, self.prompt_table]
+        scored = self.button.click(self.score, inputs, shown, **MODEL_EVENT)
+        # A file that goes because an example comes is no wish of the visitor: hence not `change`.
+        self.upload.upload(self.on_upload, [self.upload, *inputs], shown, **MODEL_EVENT)
+        self.upload.clear(self.on_upload, [self.upload, *inputs], shown, **MODEL_EVENT)
+        chosen = self.thumbs.click(self.on_example, inputs, [self.upload, *shown], **MODEL_EVENT)
+        for event in (scored, chosen):
+            event.then(fn=None, js=markup.scroll_to("picture-message"))
+        self.table.click(self.on_concept, [self.opacity], [self.view], **QUICK_EVENT)
+        self.opacity.input(self.on_opacity, [self.opacity], [self.view], **QUICK_EVENT)
 
     def score(
-        concept_texts: list[str], prompt_texts: list[str], name: str, share: float, request: gr.Request
+        self, concepts: list[str], prompts: list[str], name: str, opacity: float, request: gr.Request
     ) -> tuple[str, ...]:
-        kept = sessions.of(request).values
+        """Message, view and both tables for the picture of the session."""
+        kept = self.sessions.of(request).values
         image = kept.get(KEY)
         if image is None:
             return markup.error_message("There is no picture yet: upload one, or choose an example."), "", "", ""
-        kept.pop("annotation", None)
+        kept.pop(FOUND, None)
         bare = markup.picture(markup.fitted(image, VIEW_SIDE), "The picture")
         try:
-            wanted = checked_texts(concept_texts, "concepts")
-            described = checked_texts(prompt_texts, "prompts")
-            if not wanted and not described:
-                raise ValueError("There is nothing to look for: pick a concept, or type a prompt.")
-            if name not in models:
-                raise ValueError(f"There is no model {name}.")
-            found = annotate(models[name], image, wanted) if wanted else Annotation(image, {}, {})
-            answers = score_prompts(models[name], image, described) if described else []
+            found, answers = self._ask(name, image, concepts, prompts)
         except ValueError as error:
             return markup.error_message(in_a_sentence(error)), bare, "", ""
-        kept["annotation"], kept["concept"] = found, next(iter(found.scores), "")
-        view_html = heatmap(found, kept["concept"], share) if found.scores else bare
+        kept[FOUND], kept[CONCEPT] = found, next(iter(found.scores), "")
+        view = heatmap(found, kept[CONCEPT], opacity) if found.scores else bare
         said = markup.status("Scored. Choose a concept in the table to see where it is.")
-        return said, view_html, concept_table(found), prompt_answers(answers)
+        return said, view, concept_table(found), prompt_answers(answers)
+
+    def _ask(
+        self, name: str, image: Image.Image, concepts: Sequence[str], prompts: Sequence[str]
+    ) -> tuple[Annotation, list[tuple[str, float]]]:
+        wanted, described = checked_texts(concepts, "concepts"), checked_texts(prompts, "prompts")
+        if not wanted and not described:
+            raise ValueError("There is nothing to look for: pick a concept, or type a prompt.")
+        model = named_model(self.models, name)
+        found = annotate(model, image, wanted) if wanted else Annotation(image, {}, {})
+        return found, score_prompts(model, image, described) if described else []
 
     def on_upload(
-        path: str | None, c: list[str], p: list[str], m: str, o: float, request: gr.Request
+        self, path: str | None, concepts: list[str], prompts: list[str], name: str, opacity: float, request: gr.Request
     ) -> tuple[str, ...]:
-        kept = sessions.of(request).values
-        forget_picture(kept)
-        received = sessions.received(request, path)
+        """As `score`, for a file that came or went."""
+        kept = self.sessions.of(request).values
+        forget(kept, KEY, FOUND, CONCEPT)
+        received = self.sessions.received(request, path)
         if received is None:
             return markup.status("Choose a picture."), markup.placeholder("No picture."), "", ""
         try:
             kept[KEY] = read_upload(received)
         except ValueError as error:
             return markup.error_message(str(error)), markup.placeholder("No picture."), "", ""
-        return score(c, p, m, o, request)
+        return self.score(concepts, prompts, name, opacity, request)
 
     def on_example(
-        c: list[str], p: list[str], m: str, o: float, event: gr.EventData, request: gr.Request
+        self,
+        concepts: list[str],
+        prompts: list[str],
+        name: str,
+        opacity: float,
+        event: gr.EventData,
+        request: gr.Request,
     ) -> tuple[Any, ...]:
-        forget_picture(sessions.of(request).values)
-        sessions.of(request).values[KEY] = chosen_example(event)
-        return (None, *score(c, p, m, o, request))
+        """No upload any more, then as `score`."""
+        kept = self.sessions.of(request).values
+        forget(kept, FOUND, CONCEPT)
+        kept[KEY] = chosen_example(event)
+        return (None, *self.score(concepts, prompts, name, opacity, request))
 
-    def on_concept(share: float, event: gr.EventData, request: gr.Request) -> Any:
-        sessions.of(request).values["concept"] = str(getattr(event, "choice", ""))
-        return on_opacity(share, request)
+    def on_concept(self, opacity: float, event: gr.EventData, request: gr.Request) -> Any:
+        """The heatmap of the concept that was clicked."""
+        self.sessions.of(request).values[CONCEPT] = str(getattr(event, "choice", ""))
+        return self.on_opacity(opacity, request)
 
-    def on_opacity(share: float, request: gr.Request) -> Any:
-        kept = sessions.of(request).values
-        found = kept.get("annotation")
-        if found is None:
-            return markup.error_message(GONE) if "concept" in kept else gr.skip()
-        if kept.get("concept") not in found.scores:
+    def on_opacity(self, opacity: float, request: gr.Request) -> Any:
+        """The heatmap of the chosen concept."""
+        kept = self.sessions.of(request).values
+        if FOUND not in kept:
+            return markup.error_message(GONE) if CONCEPT in kept else gr.skip()
+        if kept.get(CONCEPT) not in kept[FOUND].scores:
             return gr.skip()
-        return heatmap(found, kept["concept"], min(max(float(share), 0.0), 1.0))
+        return heatmap(kept[FOUND], kept[CONCEPT], opacity)
 
-    inputs: list[Any] = [concepts, prompts, model, opacity]
-    scored = button.click(score, inputs, shown, api_visibility="private")
-    # A file that goes because an example comes is no wish of the visitor: hence not `change`.
-    upload.upload(on_upload, [upload, *inputs], shown, api_visibility="private")
-    upload.clear(on_upload, [upload, *inputs], shown, api_visibility="private")
-    chosen = thumbs.click(on_example, inputs, [upload, *shown], api_visibility="private")
-    for event in (scored, chosen):
-        event.then(fn=None, js=markup.scroll_to("picture-message"))
-    quick: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-    table.click(on_concept, [opacity], [view], **quick)
-    opacity.input(on_opacity, [opacity], [view], **quick)
+
+def upload_box(tab: str, sessions: Sessions) -> gr.File:
+    """Where a picture is uploaded."""
+    label = f"Picture: PNG, JPEG, TIFF or DICOM, up to {sessions.max_picture_mb} MB"
+    return gr.File(label=label, height=150, elem_id=f"{tab}-upload")
+
+
+def concept_box(tab: str) -> gr.Dropdown:
+    """Where concepts are picked or typed."""
+    return gr.Dropdown(
+        concept_choices(),
+        value=list(FIGURE_CONCEPTS),
+        multiselect=True,
+        allow_custom_value=True,
+        label="Concepts: pick, or type and press Enter",
+        elem_id=f"{tab}-concepts",
+    )
 
 
 def concept_table(found: Annotation) -> str:
@@ -226,9 +262,11 @@ def concept_table(found: Annotation) -> str:
         return ""
     rows = [markup.Row(name, name, "", [score]) for name, score in found.scores.items()]
     return markup.score_table(
-        ["Concept", "Probability"], rows, caption="Concepts, each by itself. Choose one to see where it is.",
+        ["Concept", "Probability"],
+        rows,
+        caption="Concepts, each by itself. Choose one to see where it is.",
         pressed=rows[0].choice,
-    )  # fmt: skip
+    )
 
 
 def prompt_answers(answers: Sequence[tuple[str, float]]) -> str:
@@ -245,7 +283,7 @@ def chosen_example(event: gr.EventData) -> Image.Image:
     return examples[int(choice) if choice.isdigit() and int(choice) < len(examples) else 0].image
 
 
-def forget_picture(kept: dict[str, Any]) -> None:
-    """Drop a picture and what was said of it."""
-    for name in (KEY, "annotation", "concept"):
+def forget(kept: dict[str, Any], *names: str) -> None:
+    """Drop what a session keeps under some names."""
+    for name in names:
         kept.pop(name, None)
