@@ -24,7 +24,7 @@ from medclip_hf.data.hospital.prepare import Job, prepare_hospital
 from medclip_hf.data.hospital.pseudonyms import read_or_create_key
 from medclip_hf.data.hospital.rows import DatasetFacts
 from medclip_hf.data.hospital.split import SplitShares
-from medclip_hf.data.hospital.table import TableColumns, read_table
+from medclip_hf.data.hospital.table import TableColumns, listed, read_table
 from medclip_hf.data.hospital.work import PrepareSettings
 
 
@@ -44,6 +44,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     privacy.add_argument("--without-presidio", action="store_true", help="texts by rules and known names alone")
     privacy.add_argument("--ner-model", help="installed spaCy model that finds names in texts")
     privacy.add_argument("--phone-regions", default=",".join(PHONE_REGIONS), help="countries of phone numbers")
+    privacy.add_argument("--allow-words", default="", help="in class names though patients are called so, with commas")
     privacy.add_argument("--min-group", type=int, default=5, help="patients that a scanner or body part must have")
     split = parser.add_argument_group("splits")
     split.add_argument("--shares", type=float, nargs=3, default=(0.7, 0.15, 0.15), metavar=("TRAIN", "VAL", "TEST"))
@@ -138,6 +139,7 @@ def named_settings(arguments: argparse.Namespace) -> PrepareSettings:
         use_presidio=not arguments.without_presidio,
         ner_model=arguments.ner_model,
         phone_regions=tuple(listed(arguments.phone_regions)),
+        allowed_words=tuple(listed(arguments.allow_words)),
         min_group=arguments.min_group,
     )
 
@@ -152,11 +154,6 @@ def named_engine(arguments: argparse.Namespace) -> EngineSettings:
         label_version=version,
         margin_mm_dhw=None if arguments.whole else tuple(arguments.margin),
     )
-
-
-def listed(text: str) -> list[str]:
-    """The words between commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def print_report(facts: DatasetFacts, output: Path) -> None:

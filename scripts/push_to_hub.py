@@ -18,6 +18,7 @@ from pathlib import Path
 
 from medclip_hf.data.hospital.pseudonyms import KEY_BYTES, Pseudonyms, read_or_create_key
 from medclip_hf.data.hospital.search_set import SearchSet
+from medclip_hf.data.hospital.table import listed
 from medclip_hf.hub.errors import HubError
 from medclip_hf.hub.push import files_to_push, push_folder
 from medclip_hf.hub.push_checks import Finding, check_before_push
@@ -65,9 +66,12 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stderr.write(f"{identifiers.num_too_short} identifiers are too short to be searched for\n")
 
     def check(folder: Path) -> list[Finding]:
-        words = [word.strip() for word in arguments.allow_words.split(",") if word.strip()]
         return check_before_push(
-            folder, identifiers, arguments.repo_type, allow_images=arguments.allow_images, allowed_words=words
+            folder,
+            identifiers,
+            arguments.repo_type,
+            allow_images=arguments.allow_images,
+            allowed_words=listed(arguments.allow_words),
         )
 
     findings = check(arguments.folder)
@@ -119,7 +123,7 @@ def named_identifiers(arguments: argparse.Namespace) -> SearchSet | None:
 
 def cells_of_table(arguments: argparse.Namespace) -> list[str]:
     """The cells of the named columns; what is wrong with the table is said without them."""
-    columns = [name.strip() for name in arguments.identifying_columns.split(",") if name.strip()]
+    columns = listed(arguments.identifying_columns)
     if not columns:
         raise ValueError("name the columns of --table that identify patients: --identifying-columns")
     try:

@@ -203,3 +203,40 @@ def test_the_script_takes_identifiers_from_a_table(repository, model, tmp_path, 
     code, printed = push(repository, capfd, model, "a/b", *options, "--separator", ";")
     assert code == 2
     assert "separator" in printed.err
+
+
+def test_names_of_columns_and_fields_are_searched_and_not_repeated(tmp_path, identifiers):
+    rows = [{"Martha Zebulonsky": "PX-774411", "facts": {"Zebulonsky": 1}}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train-00000.parquet")
+    findings = check_before_push(tmp_path, identifiers, "dataset")
+    assert {finding.place for finding in findings} >= {"names of columns", "column 1 (its name is withheld), row 0"}
+    assert "zebulonsky" not in "".join(map(str, findings)).lower()
+
+
+@pytest.mark.parametrize(
+    ("identifier", "text"),
+    [
+        ("O'Brien^Sean", "o’brien"),
+        ("O'Brien^Sean", "OBrien"),
+        ("Zebulonsky^Martha", "ZebulonskyMartha.png"),
+        ("Zebulonsky^Martha", "Zebulonskys film"),
+        ("Zebulonsky^Martha", "Zebu-\nlonsky"),
+        ("Zebulonsky^Martha", "Zebulоnsky"),
+        ("山田^太郎", "山田さんの胸部"),
+        ("MRN-12-34-567", "1234567"),
+        ("Zebulonsky, *03.04.1956", "Zebulonsky"),
+        ("19560403", "3rd of April 1956"),
+        ("19560403", "4/3/56"),
+        ("19560403", "03041956"),
+    ],
+)
+def test_an_identifier_is_found_in_other_spellings(identifier, text):
+    search_set = SearchSet(Pseudonyms(b"k" * KEY_BYTES))
+    search_set.add([identifier])
+    assert list(search_set.search(text))
+
+
+def test_versions_and_unique_identifiers_are_no_dates_of_birth():
+    search_set = SearchSet(Pseudonyms(b"k" * KEY_BYTES))
+    search_set.add(["1.3.12.2.1107.5.1.4", "19120301"])
+    assert not list(search_set.search("version 1.3.120, release 2.1.3.12, loss 0.3.12"))

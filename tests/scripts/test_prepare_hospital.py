@@ -199,6 +199,31 @@ def test_splits_are_disjoint_in_patients_and_the_words_of_medicine_stay(prepared
 OPTIONS = ("--burned-in", "keep", "--mixed", "report")
 
 
+def test_a_class_that_is_named_after_a_patient_is_refused_without_naming_it(prepared, tmp_path, capfd):
+    _, key, _, _, folder = prepared
+    table = folder / "classes.csv"
+    table.write_text((folder / "table.csv").read_text().replace("label:odd", "label:Quirindale sign", 1))
+    done = run_here(capfd, table, tmp_path / "o", key, *OPTIONS)
+    assert done.returncode == 2
+    assert "classes [1] of 2" in done.stderr
+    assert leaks(done.stderr) == []
+    allowed = run_here(capfd, table, tmp_path / "o", key, *OPTIONS, "--allow-words", "Quirindale")
+    assert allowed.returncode == 0
+
+
+def test_a_name_in_the_element_of_the_modality_is_not_shown(prepared, tmp_path, capfd):
+    _, key, _, _, folder = prepared
+    path = folder / "odd.dcm"
+    write_dicom(path, 78, "PX-774411", "Zebulonsky")
+    dataset = pydicom.dcmread(path)
+    dataset.Modality = "ZEBULONSKY"
+    dataset.save_as(path)
+    table = folder / "odd.csv"
+    table.write_text((folder / "table.csv").read_text() + "odd.dcm,PX-774411,,clear,1,0\n")
+    done = run_here(capfd, table, tmp_path / "o", key, "--burned-in", "keep")
+    assert "12 × DX, 1 × other" in done.stderr
+
+
 def test_a_second_run_gives_the_same_and_other_settings_are_refused(prepared, capfd):
     output, key, _, _, folder = prepared
     before = (output / "dataset.json").read_bytes()

@@ -339,16 +339,23 @@ def _of_parquet(path: Path, check: Check) -> Iterator[tuple[str, str]]:
             continue
         text = value.decode("utf-8", "replace")
         yield from (("footer", kind) for _, kind in check.of_text(text, is_vocabulary=True))
-    yield from (("names of columns", kind) for _, kind in check.of_text("\n".join(file.schema_arrow.names)))
+    leaves = [file.schema.column(number).path for number in range(len(file.schema))]  # fields of fields as well
+    yield from (("names of columns", kind) for _, kind in check.of_text("\n".join(leaves).replace(".", "\n")))
+    shown = [_shown_column(name, number, check) for number, name in enumerate(file.schema_arrow.names, 1)]
     row = 0
     for batch in file.iter_batches(batch_size=64):
         for record in batch.to_pylist():
-            for column, value in record.items():
+            for column, value in zip(shown, record.values(), strict=True):
                 for text in _strings(value):
-                    yield from ((f"column {column}, row {row}", kind) for _, kind in check.of_text(text))
+                    yield from ((f"{column}, row {row}", kind) for _, kind in check.of_text(text))
                 for content in _byte_strings(value):
-                    yield from ((f"column {column}, row {row}: {p}", kind) for p, kind in _of_picture(content, check))
+                    yield from ((f"{column}, row {row}: {p}", kind) for p, kind in _of_picture(content, check))
             row += 1
+
+
+def _shown_column(name: str, number: int, check: Check) -> str:
+    """A column as it may be named: by its number where its name identifies."""
+    return f"column {number} (its name is withheld)" if any(check.of_text(name)) else f"column {name}"
 
 
 def _strings(value: Any) -> Iterator[str]:

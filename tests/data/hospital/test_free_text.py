@@ -1,5 +1,6 @@
 """What identifies goes, what describes stays."""
 
+import re
 import time
 
 import pytest
@@ -96,3 +97,53 @@ def test_hostile_texts_take_no_time(piece):
     started = time.perf_counter()
     TextDeidentifier(use_presidio=False)(piece * (8000 // len(piece)), ["a^b"])
     assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("Zebulonsky^Martha", "Zebul\u043ensky"),  # a Cyrillic letter
+        ("Zebulonsky^Martha", "Zebu-\nlonsky"),
+        ("Zebulonsky^Martha", "Z E B U L O N S K Y a"),
+        ("Zebulonsky^Martha", "ZebulonskyMartha"),
+        ("Zebulonsky^Martha", "M.Z."),
+        ("Zebulonsky^Martha", "M. Zebulonsky"),
+        ("O'Brien^Sean", "O\u2019Brien"),
+        ("O'Brien^Sean", "OBrien"),
+        ("Łukasz^Đorđe", "Lukasz Dorde"),
+        ("山田^太郎", "山田太郎さん"),
+        ("Zebulonsky, Martha (*03.04.1956)", "Zebulonsky"),  # a name in a cell with numbers
+        ("MRN-12-34-567", "12 - 34 – 567"),
+        ("MRN-12-34-567", "١٢٣٤٥٦٧"),
+    ],
+)
+def test_an_identifier_is_found_however_it_is_disguised(name, text):
+    cleaned = TextDeidentifier(use_presidio=False)(f"seen {text} today, no effusion", [name]).text
+    assert re.sub(r"\[(NAME|ID|PHONE)\]|さん| a(?= )", "", cleaned).split() == ["seen", "today,", "no", "effusion"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "3. 4. 1956",
+        "APRIL 3RD 1956",
+        "1956 April 3",
+        "3/IV/1956",
+        "０３．０４．１９５６",
+        "03.04. operiert",
+        "03–04–1956",
+    ],
+)
+def test_a_date_is_found_in_unusual_forms(text):
+    assert "[DATE]" in TextDeidentifier(use_presidio=False)(f"seen {text} there").text
+
+
+def test_initials_behind_a_title_and_written_out_mail_addresses_go():
+    deidentify = TextDeidentifier(use_presidio=False)
+    assert deidentify("Mrs Z. is stable").text == "Mrs [NAME] is stable"
+    assert deidentify("write to m.z (at) example.org now").text == "write to [EMAIL] now"
+
+
+def test_initials_of_a_name_do_not_take_medical_abbreviations_along():
+    text = "CT and MRI at L.5, T.V. not seen, size 12.05. No change."
+    assert TextDeidentifier(use_presidio=False)(text, ["Thomas^Carl", "Meyer^Rosa^Ina"]).text == text

@@ -6,7 +6,7 @@ from PIL import Image
 
 from medclip_hf.data.hospital.grey_levels import UnusablePicture, windowed
 from medclip_hf.data.hospital.headers import age_band_of, groups_of_header, identifying_values, sex_of
-from medclip_hf.data.hospital.pictures import PictureSettings, encode_picture, kind_of_file, read_pictures
+from medclip_hf.data.hospital.pictures import PictureSettings, encode_picture, facts_of_file, read_pictures
 
 pydicom = pytest.importorskip("pydicom")
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
@@ -141,8 +141,8 @@ def test_a_nifti_of_one_slice_is_a_picture_and_of_several_a_volume(tmp_path):
     nibabel = pytest.importorskip("nibabel")
     for count in (1, 4):
         nibabel.save(nibabel.Nifti1Image(np.ones((8, 8, count), np.int16), np.eye(4)), tmp_path / f"{count}.nii.gz")
-    assert kind_of_file(tmp_path / "1.nii.gz") == ("picture", "")
-    assert kind_of_file(tmp_path / "4.nii.gz") == ("volume", "")
+    assert facts_of_file(tmp_path / "1.nii.gz").kind == "picture"
+    assert facts_of_file(tmp_path / "4.nii.gz").kind == "volume"
     assert read_pictures(tmp_path / "1.nii.gz", PictureSettings())[0].image.size == (8, 8)
 
 

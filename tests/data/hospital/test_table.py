@@ -2,7 +2,7 @@
 
 import pytest
 
-from medclip_hf.data.hospital.table import TableColumns, read_table
+from medclip_hf.data.hospital.table import TableColumns, listed, read_table
 
 GOOD = "path,patient_id,report,class,split\na.png,1,clear,normal,train\nb.png,2,mass,tumour,val\n"
 
@@ -73,3 +73,22 @@ def test_a_row_does_not_show_its_cells(tmp_path):
 
 def test_utf_16_of_spreadsheets_is_read(tmp_path):
     assert len(table(tmp_path, GOOD.encode("utf-16")).rows) == 2
+
+
+def test_a_column_whose_name_holds_a_comma_is_named_in_quotes():
+    assert listed('"Name, Vorname", born') == ["Name, Vorname", "born"]
+    assert listed("") == []
+
+
+def test_a_label_that_each_patient_has_to_himself_is_refused(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("path,patient_id,who\n" + "".join(f"{n}.png,{n % 3},{'abc'[n % 3]}\n" for n in range(9)))
+    with pytest.raises(ValueError, match="one patient alone"):
+        read_table(path, TableColumns(label="who"))
+
+
+def test_what_identifies_a_patient_in_one_row_is_known_in_all(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("path,patient_id,name\na.png,7,Zebulonsky\nb.png,07,\nc.png,8,\n")
+    rows = read_table(path, TableColumns(identifying=("name",))).rows
+    assert ["Zebulonsky" in row.identifying for row in rows] == [True, True, False]

@@ -14,11 +14,20 @@ WORDS: dict[str, frozenset[str]] = {
     for name, words in json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8")).items()
 }
 
+# Letters that look alike, or have no accent to take off, and signs that one types for another.
+_ALIKE = str.maketrans(
+    dict(zip("авекмнорстухіјѕһԁԛԝαβεηικμνορτυχζ", "abekmhopctyxijshdqwabenikmvoptuxz", strict=True))
+    | {"ł": "l", "đ": "d", "ø": "o", "ı": "i", "ħ": "h", "ŧ": "t"}
+    | dict.fromkeys("’‘ʼ´′", "'")
+    | dict.fromkeys("‐‑‒–—―−", "-")
+)
+_BROKEN_WORD = re.compile(r"(?<=[^\W_])-(?:[ \t]*\r?\n[ \t]*|[ \t]{1,8})(?=[^\W_])")
+_SPACED_WORD = re.compile(r"(?<![^\W_])(?:[^\W_] ){3,}[^\W_](?![^\W_.])")
 _UMLAUTS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "å": "aa", "ø": "oe", "æ": "ae"})
 
 
 def folded(text: str) -> str:
-    """Small letters without accents; full-width forms as plain ones, invisible characters left out."""
+    """Small letters without accents; full-width forms and look-alikes as plain ones, invisible characters left out."""
     return fold_with_places(text)[0]
 
 
@@ -30,24 +39,55 @@ def fold_with_places(text: str) -> tuple[str, list[int]]:
     places: list[int] = []
     for place, character in enumerate(text):
         for part in unicodedata.normalize("NFKD", character).casefold():
-            if unicodedata.category(part) in ("Mn", "Cf"):
+            category = unicodedata.category(part)
+            if category in ("Mn", "Cf"):
                 continue
-            characters.append(" " if part.isspace() and part not in "\r\n" else part)
+            if category == "Nd":  # digits of any script
+                part = str(unicodedata.decimal(part))
+            characters.append(" " if part.isspace() and part not in "\r\n" else part.translate(_ALIKE))
             places.append(place)
     places.append(len(text))
     return "".join(characters), places
 
 
+def closed_up(plain: str, places: list[int]) -> tuple[str, list[int]] | None:
+    """A folded text with words that were broken at the end of a line, or spaced out, in one piece; None without any.
+
+    Args:
+        plain: folded text.
+        places: of its characters, as `fold_with_places` gives them.
+    """
+    gaps = {place for match in _BROKEN_WORD.finditer(plain) for place in range(*match.span())}
+    gaps |= {place for match in _SPACED_WORD.finditer(plain) for place in range(match.start() + 1, match.end(), 2)}
+    if not gaps:
+        return None
+    kept = [place for place in range(len(plain)) if place not in gaps]
+    return "".join(plain[place] for place in kept), [*(places[place] for place in kept), places[-1]]
+
+
+def is_caseless(word: str) -> bool:
+    """Whether a word is of a script without capitals (山田), in which no space separates words."""
+    return word.lower() == word.upper() and word.isalpha()
+
+
 def spellings(word: str) -> set[str]:
-    """The folded forms of a word: Müller is also Mueller and Muller, and the other way round."""
-    plain = folded(word)
-    spelled_out = folded(unicodedata.normalize("NFC", word).casefold().translate(_UMLAUTS))
+    """The folded forms of a word, without apostrophes: Müller is also Mueller and Muller, and the other way round."""
+    plain = folded(word).replace("'", "")
+    spelled_out = folded(unicodedata.normalize("NFC", word).casefold().translate(_UMLAUTS)).replace("'", "")
     return {plain, spelled_out, re.sub(r"([aou])e", r"\1", plain)} - {""}
 
 
 def name_parts(value: str) -> Iterator[str]:
     """The words of a name or institution, separated by anything that is no letter ("DOE^JANE", "Smith-Jones, Ann")."""
     yield from (part for part in re.split(r"[^\w'’]+|_", value) if part and not part.isdigit())
+
+
+def names_beside_numbers(value: str) -> list[str]:
+    """The names in a cell that also holds numbers ("Doe, Jane, *1950"); none in a mere number ("CT-1234")."""
+    if not re.search(r"[\s,^;]", value.strip()):
+        return []
+    parts = [part for part in name_parts(value) if part.replace("'", "").replace("’", "").isalpha()]
+    return [part for part in parts if len(part) >= 4 and folded(part) not in WORDS["everyday"] | WORDS["not_names"]]
 
 
 def compact(value: str) -> str:

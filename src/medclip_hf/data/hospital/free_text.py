@@ -17,7 +17,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from medclip_hf.data.hospital.folding import WORDS, compact, fold_with_places, folded, name_parts, spellings
+from medclip_hf.data.hospital.folding import (
+    WORDS,
+    closed_up,
+    compact,
+    fold_with_places,
+    folded,
+    is_caseless,
+    name_parts,
+    names_beside_numbers,
+    spellings,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +99,17 @@ def _rule(kind: str, pattern: str, accept: Callable[[re.Match[str]], bool] | Non
 
 _RULES = (
     _rule("EMAIL", r"\b[\w.+'-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+"),
+    _rule(
+        "EMAIL",
+        r"\b[\w.+'-]{1,64}[ \t]?[(\[](?i:at|ät)[)\]][ \t]?[\w.-]{1,63}(?:[ \t](?i:dot|punkt)[ \t]\w{2,10})?",
+    ),
     _rule("URL", r"\b(?i:https?://|ftp://|file://|www\.)[^\s<>\"']+"),
     _rule("URL", r"\b(?:\d{1,3}\.){3}\d{1,3}\b(?!\.\d)", lambda match: all(int(x) < 256 for x in match[0].split("."))),
     _rule("ID", r"\b\d+(?:\.\d+){5,}\b"),  # DICOM's unique identifiers
-    _rule("DATE", r"\b\d{1,2}[./-]\d{1,2}[./-](?:\d{4}|\d{2})\b(?![./-]\d)", _is_date),
+    _rule("DATE", r"\b\d{1,2}[./–-]\d{1,2}[./–-](?:\d{4}|\d{2})\b(?![./–-]\d)", _is_date),
+    _rule("DATE", r"\b\d{1,2}[./・][ \t]?\d{1,2}[./・][ \t]?(?:19|20)\d\d\b", _is_date),
+    _rule("DATE", r"\b\d{1,2}[./ -][ \t]?(?:I{1,3}|IV|VI{0,3}|IX|XI{0,2})[./ -][ \t]?(?:(?:19|20)\d\d|\d\d)\b"),
+    _rule("DATE", r"(?<![\d.,])(?:0[1-9]|[12]\d|3[01])\.(?:0[1-9]|1[0-2])\.(?=[ \t]+[a-zäöü])"),
     _rule("DATE", r"\b(?:19|20)\d\d[./-]\d{1,2}[./-]\d{1,2}(?:T\d\d:\d\d\S*)?\b", _is_date),
     _rule("DATE", r"\b(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\b"),
     _rule("DATE", r"\b(?:0?[1-9]|1[0-2])/(?:19|20)\d\d\b"),
@@ -102,9 +119,12 @@ _RULES = (
     ),
     _rule(
         "DATE",
-        rf"(?<![\w./]){_DAY}(?:st|nd|rd|th)?\.?[ \t-]*(?:of[ \t]+)?{_MONTH}(?:[ \t,-]*{_YEAR}\b|-\d\d\b)?",
+        rf"(?<![\w./]){_DAY}(?i:st|nd|rd|th)?\.?[ \t-]*(?:of[ \t]+)?{_MONTH}(?:[ \t,-]*{_YEAR}\b|-\d\d\b)?",
     ),
-    _rule("DATE", rf"\b{_MONTH}[ \t]*{_DAY}(?:st|nd|rd|th)?\b(?!\s*(?:cm|mm|%))(?:[ \t,]*{_YEAR})?"),
+    _rule(
+        "DATE",
+        rf"\b(?:(?:19|20)\d\d[ \t,]+)?{_MONTH}[ \t]*{_DAY}(?i:st|nd|rd|th)?\b(?!\s*(?:cm|mm|%))(?:[ \t,]*{_YEAR})?",
+    ),
     _rule("DATE", rf"\b{_MONTH}[ \t,]*{_YEAR}\b"),
     _rule("TIME", r"\b(?:[01]?\d|2[0-3]):[0-5]\d:[0-5]\d\b"),
     _rule("TIME", r"\b(?:[01]?\d|2[0-3])[:.][0-5]\d[ \t]*(?i:am|pm|a\.m\.|p\.m\.|uhr|hrs?|hours)(?!\w)"),
@@ -119,6 +139,7 @@ _RULES = (
     _rule("ID", r"\b\d{3}[ -]\d{2}[ -]\d{4}\b"),
     _rule("NAME", r"\b[^\W\d_][\w'’-]{0,39}\^[^\W\d_][\w'’-]{0,39}(?:\^[\w'’.-]{0,39}){0,3}"),
     _rule("NAME", rf"\b{_TITLE}[ \t]*(?:(?:med|dent|Dr|Prof|habil|h\.c)\b\.?[ \t]*)*(?P<it>{_NAME})"),
+    _rule("NAME", rf"\b(?:{_TITLE}|(?i:patient(?:in)?|pat|pt)\b\.?)[ \t]*(?P<it>(?:{_CAPITAL}\.[ \t]?){{1,3}})(?!\w)"),
     _rule("NAME", rf"\b{_ROLE}[ \t]*[:\-–]?[ \t]*(?:{_TITLE}[ \t]*)*(?P<it>{_NAME})"),
     _rule("NAME", rf"\b(?:Patient|Patientin|Pt|PATIENT|Paciente)[ \t]+(?P<it>{_NAME_WORD}[ \t]+{_NAME_WORD})"),
     _rule("NAME", rf"\b(?i:patient(?:in)?|pat\.|pt|paciente)[ \t]*[:=][ \t]*(?:{_TITLE}[ \t]*)?(?P<it>{_NAME})"),
@@ -159,6 +180,11 @@ _EVERYDAY = WORDS["everyday"]
 _NOT_NAMES = WORDS["not_names"]
 _MIN_LONE_NAME = 3  # letters; shorter parts of a name are replaced beside another part only
 _MIN_NUMBER = 4  # letters and digits; shorter numbers are in every measurement
+_MIN_DIGITS = 5  # of a number whose letters are left out: "MRN-12345" as "12345"
+_MIN_CASELESS = 2  # characters of a name in a script without capitals
+_MIN_SPACED = 4  # letters of a name with a space behind each: "M I L L E R"
+_MIN_RUN_TOGETHER = 6  # letters of names in one word: "MillerAnn"
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 
 
 class TextDeidentifier:
@@ -223,7 +249,7 @@ def _without_invisible(text: str) -> str:
     import unicodedata
 
     kept = "".join(character for character in text if unicodedata.category(character) != "Cf")
-    return unicodedata.normalize("NFC", kept).replace("\xa0", " ").replace("\u202f", " ")
+    return unicodedata.normalize("NFC", kept).replace("\xa0", " ").replace("\u202f", " ").translate(_FULL_WIDTH)
 
 
 def _without_wrapping(text: str) -> str:
@@ -244,40 +270,77 @@ def _known_spans(text: str, identifying: Sequence[str]) -> Iterator[Span]:
     if not identifying:
         return
     plain, places = fold_with_places(text)
-    for value in identifying:
-        if re.search(r"\d", value):
-            spans = _spans_of_number(plain, value)
-        else:
-            spans = _spans_of_name(plain, text, places, value)
-        for start, end, kind in spans:
-            yield places[start], places[end - 1] + 1, kind
+    for folded_text in filter(None, ((plain, places), closed_up(plain, places))):
+        for value in identifying:
+            yield from _spans_of_value(text, *folded_text, value)
+
+
+def _spans_of_value(text: str, plain: str, places: list[int], value: str) -> Iterator[Span]:
+    if re.search(r"\d", value):
+        spans = list(_spans_of_number(plain, value))
+        parts = names_beside_numbers(value)
+    else:
+        spans = []
+        parts = [part for part in name_parts(value) if folded(part) not in _NOT_NAMES]
+    spans += _spans_of_name(plain, text, places, parts)
+    spans += _spans_of_initials(plain, text, places, parts)
+    for start, end, kind in spans:
+        yield places[start], places[end - 1] + 1, kind
 
 
 def _spans_of_number(plain: str, value: str) -> Iterator[Span]:
-    """Places of a number or address, whatever separates its characters."""
-    digits = compact(value)
-    for form in {digits, digits.lstrip("0")}:
+    """Places of a number or address, whatever separates its characters, and of its digits without its letters."""
+    whole = compact(value)
+    forms = {whole, whole.lstrip("0")}
+    digits = re.sub(r"\D", "", whole)
+    if len(digits) >= _MIN_DIGITS:
+        forms.add(digits)
+    for form in forms:
         if len(form) >= _MIN_NUMBER:
-            pattern = r"[\s\-_/.,:]{0,2}".join(map(re.escape, form))
+            pattern = r"[\s\-_/.,:]{0,3}".join(map(re.escape, form))
             for match in re.finditer(rf"(?<![^\W_]){pattern}(?![^\W_])", plain):
                 yield match.start(), match.end(), "ID"
 
 
-def _spans_of_name(plain: str, text: str, places: list[int], value: str) -> Iterator[Span]:
+def _spans_of_name(plain: str, text: str, places: list[int], parts: Sequence[str]) -> Iterator[Span]:
     """Places of the parts of a name: long ones anywhere, short and everyday ones beside another part."""
-    parts = [part for part in name_parts(value) if folded(part) not in _NOT_NAMES]
-    words = {spelling for part in parts for spelling in spellings(part)} | {folded(part) for part in parts}
+    words = {spelling for part in parts for spelling in spellings(part)}
+    caseless = {word for word in words if is_caseless(word)}
+    for found in caseless:
+        if len(found) >= _MIN_CASELESS:
+            yield from ((match.start(), match.end(), "NAME") for match in re.finditer(re.escape(found), plain))
     if not words:
         return
-    word = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
-    pattern = rf"(?<![^\W_])(?:{word})(?:[\s,.^'’_-]{{1,3}}(?:{word}))*s?(?![^\W_])"
+    # Wherever the name has, or could have, an apostrophe, the text may have another sign or none: O'Brien, O Brien.
+    apostrophes = {folded(part) for part in parts if "'" in folded(part)}
+    patterns = {re.escape(word) for word in words} | {re.escape(word).replace("'", r"['`\s]?") for word in apostrophes}
+    patterns |= {" ".join(map(re.escape, word)) for word in words if len(word) >= _MIN_SPACED}
+    word = "|".join(sorted(patterns, key=len, reverse=True))
+    initials = "[" + "".join(sorted({re.escape(part[0]) for part in words})) + "]"
+    pattern = (
+        rf"(?<![^\W_])(?:{initials}\.[ \t]?){{0,3}}(?:{word})(?:[\s,.^'`_-]{{0,3}}(?:{word})){{0,5}}s?(?![^\W_])"
+        rf"(?:,?[ \t](?:{initials}\.[ \t]?){{1,3}}(?![^\W_]))?"
+    )
     for match in re.finditer(pattern, plain):
         start, end = match.span()
         original = text[places[start] : places[end - 1] + 1]
         base = match[0] if match[0] in words else match[0].removesuffix("s")  # "Müllers Befund"
         if base in words and (len(base) < _MIN_LONE_NAME or (base in _EVERYDAY and original.islower())):
             continue
+        if match[0].isalpha() and base not in words and len(match[0]) < _MIN_RUN_TOGETHER:
+            continue
         yield start, end, "NAME"
+
+
+def _spans_of_initials(plain: str, text: str, places: list[int], parts: Sequence[str]) -> Iterator[Span]:
+    """Places of two capital initials of a name or more, each with its full stop: "M.Z."."""
+    letters = sorted({re.escape(spelling[0]) for part in parts for spelling in spellings(part)})
+    if len(letters) > 1:
+        pattern = rf"(?<![^\W_.])[{''.join(letters)}]\.(?:[ \t]?[{''.join(letters)}]\.){{1,3}}(?![^\W_])"
+        for match in re.finditer(pattern, plain):
+            original = text[places[match.start()] : places[match.end() - 1] + 1]
+            if original == original.upper():
+                yield match.start(), match.end(), "NAME"
 
 
 def _replaced(text: str, spans: Sequence[Span]) -> Deidentified:

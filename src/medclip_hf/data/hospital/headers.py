@@ -24,12 +24,13 @@ _SEXES = {
     **dict.fromkeys(("o", "other", "d", "divers"), "O"),
 }
 OLDEST_BAND = 90  # ages above 89 identify: HIPAA's safe harbour, 45 CFR 164.514(b)(2)(i)(C)
-_MODALITY = re.compile(r"[A-Z]{2,7}")
 # Vendor's model names are short; longer or odd values are what somebody typed.
 _SCANNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+()/-]{0,39}")
 # Of PS3.16 Annex L: those that occur in practice. A value outside of the list may be free text.
 _BODY_PARTS = WORDS["body_parts"]
 _VIEWS = WORDS["views"]
+_MODALITIES = WORDS["modalities"]  # of PS3.16 CID 29 and those that were retired
+OTHER_MODALITY = "other"
 _HEADS = WORDS["heads"]
 
 # Elements whose values identify, beside every element that holds a person's name, an address or a number.
@@ -45,10 +46,16 @@ def groups_of_header(header: Dataset) -> PatientGroups:
         sex=sex_of(_text(header, "PatientSex")),
         age_band=age_band_of(_text(header, "PatientAge")) or _band_between(birth, examined),
         scanner=scanner_of(_text(header, "ManufacturerModelName")),
-        modality=_matching(_text(header, "Modality").upper(), _MODALITY),
+        modality=_listed(_text(header, "Modality"), _MODALITIES),
         body_part=_listed(_text(header, "BodyPartExamined"), _BODY_PARTS),
         view=_listed(_text(header, "ViewPosition"), _VIEWS),
     )
+
+
+def modality_of(header: Dataset) -> str:
+    """DICOM's code of the modality, "other" for anything else that stands there, empty where nothing does."""
+    text = _text(header, "Modality")
+    return _listed(text, _MODALITIES) or (OTHER_MODALITY if text else "")
 
 
 def sex_of(text: str) -> str:
@@ -93,18 +100,34 @@ def identifying_values(header: Dataset) -> tuple[str, ...]:
 
 
 def _identifying(dataset: Dataset, depth: int) -> Iterator[str]:
+    """The patient's own elements first, then those of sequences, which may name thousands of other objects."""
+    sequences = []
     for tag in list(dataset.keys()):
         try:
             element = dataset[tag]
         except Exception:  # noqa: S112 - a damaged element gives nothing to search for, and is never kept
             continue
-        if element.VR == "SQ" and depth < _MAX_NESTING:
-            for item in element.value or ():
-                yield from _identifying(item, depth + 1)
+        if element.VR == "SQ":
+            sequences.append(element)
         elif element.VR == "PN" or element.keyword in _IDENTIFYING_KEYWORDS:
             values = element.value if isinstance(element.value, Sequence | list) else [element.value]
             for value in [values] if isinstance(values, str) else values:
-                yield from filter(None, (part.strip() for part in str(value or "").split("=")))
+                for part in filter(None, (part.strip() for part in str(value or "").split("="))):
+                    yield part
+                    yield from _repaired(part)
+    for element in sequences if depth < _MAX_NESTING else ():
+        for item in element.value or ():
+            yield from _identifying(item, depth + 1)
+
+
+def _repaired(text: str) -> Iterator[str]:
+    """The name that was meant, where a device wrote UTF-8 without saying so: "MÃ¼ller"."""
+    try:
+        repaired = text.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return
+    if repaired != text:
+        yield repaired
 
 
 def _text(header: Dataset, keyword: str) -> str:

@@ -21,7 +21,7 @@ from medclip_hf.data.hospital.grey_levels import (
     to_eight_bits,
     windowed,
 )
-from medclip_hf.data.hospital.headers import groups_of_header, identifying_values
+from medclip_hf.data.hospital.headers import groups_of_header, identifying_values, modality_of
 from medclip_hf.data.hospital.rows import PatientGroups
 from medclip_hf.data.images import MAX_PIXELS, UnreadableImage, decode_image, open_image, read_file
 
@@ -77,8 +77,23 @@ class Picture:
     says_burned_in: bool = False
 
 
-def kind_of_file(path: Path) -> tuple[FileKind, str]:
-    """Whether a file or folder is a picture or a volume, and its DICOM modality ("" for other formats).
+@dataclass(frozen=True)
+class FileFacts:
+    """What a header tells before the pixels are read.
+
+    Args:
+        kind: a picture, or a volume.
+        modality: DICOM's code, see `headers.modality_of`; empty for other formats.
+        identifying: what must not stand in the patient's texts; of a folder: of its first file.
+    """
+
+    kind: FileKind
+    modality: str = ""
+    identifying: tuple[str, ...] = field(default=(), repr=False)
+
+
+def facts_of_file(path: Path) -> FileFacts:
+    """Whether a file or folder is a picture or a volume, and what its DICOM header says.
 
     Raises:
         UnusablePicture: where there is no such file, or its header cannot be read.
@@ -89,22 +104,25 @@ def kind_of_file(path: Path) -> tuple[FileKind, str]:
         if path.is_dir():
             files = _dicom_files(path)
             header = _read_dicom(files[0], with_pixels=False)
-            modality = str(header.get("Modality", ""))
-            return ("volume" if modality == "CT" and len(files) > 1 else "picture"), modality
+            return _facts_of_header(header, len(files))
         if path.name.lower().endswith(_NIFTI_ENDINGS):
-            return ("picture" if 1 in _nifti_shape(path) else "volume"), ""
+            return FileFacts("picture" if 1 in _nifti_shape(path) else "volume")
         if path.suffix.lower() == ".npz":
-            return "volume", "CT"
+            return FileFacts("volume", "CT")
         if not is_dicom(path):
-            return "picture", ""
+            return FileFacts("picture")
         header = _read_dicom(path, with_pixels=False)
-        modality = str(header.get("Modality", ""))
-        is_volume = modality == "CT" and int(header.get("NumberOfFrames") or 1) > 1
-        return ("volume" if is_volume else "picture"), modality
+        return _facts_of_header(header, int(header.get("NumberOfFrames") or 1))
     except UnusablePicture:
         raise
     except Exception as error:  # names that are too long, folders that may not be listed, damaged headers
         raise UnusablePicture("file unreadable") from error
+
+
+def _facts_of_header(header: Dataset, num_slices: int) -> FileFacts:
+    modality = modality_of(header)
+    kind: FileKind = "volume" if modality == "CT" and num_slices > 1 else "picture"
+    return FileFacts(kind, modality, identifying_values(header))
 
 
 def read_pictures(path: Path, settings: PictureSettings) -> list[Picture]:

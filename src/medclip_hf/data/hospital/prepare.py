@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,8 +27,8 @@ from medclip_hf.data.hospital.figures import (
     report_path,
 )
 from medclip_hf.data.hospital.grey_levels import UnusablePicture
-from medclip_hf.data.hospital.pictures import kind_of_file
-from medclip_hf.data.hospital.pseudonyms import Pseudonyms
+from medclip_hf.data.hospital.pictures import facts_of_file
+from medclip_hf.data.hospital.pseudonyms import Pseudonyms, normal_identifier
 from medclip_hf.data.hospital.quiet import quiet_libraries
 from medclip_hf.data.hospital.rows import (
     DATASET_FILE,
@@ -126,6 +127,7 @@ def prepare_hospital(job: Job) -> DatasetFacts:
         if found is not None:
             return found
         rows, kind, modalities, drops = _sorted_out(job)
+        _check_class_names(job, rows)
         split_of_patients(rows, job.settings.shares, job.pseudonyms)  # its errors come before hours of work
         outcome = _Outcome([(number, drop.reason) for number, drop in job.table.drops] + drops)
         search_set = SearchSet(job.pseudonyms)
@@ -170,33 +172,66 @@ def _sorted_out(job: Job) -> tuple[list[TableRow], Kind, Counter[str], list[tupl
         require_tesseract()  # before hours of work
     kinds: dict[str, list[TableRow]] = defaultdict(list)
     modality_of: dict[int, str] = {}
+    identifying: dict[str, dict[str, None]] = defaultdict(dict)
     drops: list[tuple[int, str]] = []
     for row in tqdm(job.table.rows, desc="reading headers", unit="file", disable=not job.show_progress):
         try:
             with quiet_libraries():
-                file_kind, modality = kind_of_file(file_of(job.root, row.path))
+                facts = facts_of_file(file_of(job.root, row.path))
         except UnusablePicture as error:
             drops.append((row.number, error.reason))
             continue
-        if job.settings.modalities and modality not in job.settings.modalities:
+        patient = normal_identifier(row.patient)
+        identifying[patient].update(dict.fromkeys(filter(None, map(_of_patient, facts.identifying))))
+        if job.settings.modalities and facts.modality not in job.settings.modalities:
             drops.append((row.number, "modality not asked for"))
             continue
-        kinds[_KIND_OF[file_kind]].append(row)
-        modality_of[row.number] = modality
+        kinds[_KIND_OF[facts.kind]].append(row)
+        modality_of[row.number] = facts.modality
     kind = _chosen_kind(job, kinds, drops)
     other = [row for name, rows in kinds.items() if name != kind for row in rows]
     what = "volume in a set of pictures" if kind == "figures" else "picture in a set of CT volumes"
     drops += [(row.number, what) for row in other]
-    rows = kinds[kind]
+    rows = [_knowing(row, identifying[normal_identifier(row.patient)]) for row in kinds[kind]]
     modalities = Counter(modality_of[row.number] for row in rows)
     named = sorted(name for name in modalities if name)
     if job.settings.mixed == "refuse" and len(named) > 1:
-        counts = ", ".join(f"{modalities[name]} × {name[:16]}" for name in named)
+        counts = ", ".join(f"{modalities[name]} × {name}" for name in named)
         raise ValueError(
             f"the table mixes modalities: {counts}. Name those you want (--modalities), or have all of them taken and "
             "counted (--mixed report)."
         )
     return rows, kind, modalities, drops
+
+
+def _of_patient(value: str) -> str:
+    """A header's value where it may stand in texts on other files of the patient; nothing for objects' own numbers."""
+    return "" if re.fullmatch(r"\d+(?:\.\d+){4,}", value) else value
+
+
+def _knowing(row: TableRow, identifying: Iterable[str]) -> TableRow:
+    """A row that knows what the headers of all files of its patient say."""
+    return replace(row, identifying=tuple(dict.fromkeys((*row.identifying, *identifying))))
+
+
+def _check_class_names(job: Job, rows: Sequence[TableRow]) -> None:
+    """Refuse classes that name a patient: they are written into data set, model and card as they are."""
+    if not job.table.classes:
+        return
+    identifiers = SearchSet(job.pseudonyms)
+    identifiers.add(dict.fromkeys(value for row in rows for value in row.identifying))
+    allowed = {word.casefold() for word in job.settings.allowed_words}
+    found = []
+    for number, name in enumerate(job.table.classes, 1):
+        words = [word for word in re.split(r"[\W_]+", name) if word.casefold() not in allowed]
+        if any(identifiers.search(" ".join(words))):
+            found.append(number)
+    if found:
+        raise ValueError(
+            f"the names of the classes {found} of {len(job.table.classes)} (in the order of the label columns, or of "
+            "the alphabet) hold an identifier of a patient, and would be written as they are. Rename them; a word that "
+            "only looks like a name can be allowed (--allow-words)."
+        )
 
 
 def _chosen_kind(job: Job, kinds: dict[str, list[TableRow]], drops: Sequence[tuple[int, str]]) -> Kind:
@@ -457,7 +492,7 @@ def _conclude(
         report={
             "rows_in_table": len(job.table.rows) + len(job.table.drops),
             "dropped": dict(Counter(reason for _, reason in outcome.drops).most_common()),
-            "modalities": {name[:16] or "none": count for name, count in modalities.most_common()},
+            "modalities": {name or "none": count for name, count in modalities.most_common()},
             "replaced_in_texts": dict(outcome.replaced.most_common()),
             "texts_changed": outcome.num_texts_changed,
             "pictures_masked": outcome.num_masked,

@@ -10,21 +10,36 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from hashlib import blake2b
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from medclip_hf.data.hospital.folding import WORDS, compact, fold_with_places, folded, name_parts, spellings
+from medclip_hf.data.hospital.folding import (
+    WORDS,
+    closed_up,
+    compact,
+    fold_with_places,
+    folded,
+    is_caseless,
+    name_parts,
+    names_beside_numbers,
+    spellings,
+)
 from medclip_hf.data.hospital.pseudonyms import Pseudonyms
 from medclip_hf.data.parquet import write_text_atomically
 
 FORMAT_VERSION = 1
 MIN_NUMBER = 4  # letters and digits
 MIN_PLAIN_NUMBER = 6  # digits of a number without letters; shorter ones are searched for as a whole value alone
+MIN_DIGITS = 6  # of a number whose letters are left out: "MRN-123456" as "123456"
 MIN_NAME_PART = 4
+MIN_RUN_TOGETHER = 6  # letters of two parts of a name in one word
+MIN_CASELESS = 2  # characters of a name in a script without capitals, which stand in a row of others
+MAX_CASELESS = 6
 MAX_JOINED = 16  # pieces that a number may be written in; DICOM's unique identifiers have a dozen
 _MAX_LETTERS = 8  # of one piece of such a number
 _MAX_NAME_PARTS = 8
@@ -33,14 +48,17 @@ _SHORT_VALUE = 100  # characters of a text that may be nothing but a number
 
 _TOKEN = re.compile(r"[^\W_]+")
 _DATE_LIKE = re.compile(
-    r"(?<!\d)(?:(?P<y>(?:19|20)\d\d)([-./ ]?)(?P<m>\d{1,2})\2(?P<d>\d{1,2})"
-    r"|(?P<a>\d{1,2})([-./ ])(?P<b>\d{1,2})\6(?P<c>(?:19|20)\d\d))(?!\d)"
+    r"(?<!\d)(?:(?P<y>(?:19|20)\d\d)(?P<s>[-./ ]?)(?P<m>\d{1,2})(?P=s)(?P<d>\d{1,2})"
+    r"|(?P<a>\d{1,2})(?P<t>[-./] ?| )(?P<b>\d{1,2})(?P=t)(?P<c>(?:19|20)\d\d)"
+    r"|(?P<e>\d\d)(?P<f>\d\d)(?P<g>(?:19|20)\d\d)"
+    r"|(?<!\d[-./])(?P<h>\d{1,2})(?P<u>[-./] ?)(?P<i>\d{1,2})(?P=u)(?P<j>\d\d)(?![-./]?\d))(?!\d)"
 )
 _NAMED_DATE = re.compile(
-    r"(?<![^\W_])(?:(?P<d1>\d{1,2})(?:st|nd|rd|th)?[ .-]{1,2}(?P<m1>[a-z]{3,9})"
-    r"|(?P<m2>[a-z]{3,9})[ .]{1,2}(?P<d2>\d{1,2})(?:st|nd|rd|th)?)[ ,.-]{1,2}(?P<y>(?:19|20)\d\d)(?!\d)"
+    r"(?<![^\W_])(?:(?P<d1>\d{1,2})(?:st|nd|rd|th)?[ .-]{1,2}(?:of )?(?P<m1>[a-z]{3,9})"
+    r"|(?P<m2>[a-z]{3,9})[ .]{1,2}(?P<d2>\d{1,2})(?:st|nd|rd|th)?)[ ,.-]{1,2}(?P<y>(?:19|20)\d\d|\d\d)(?!\d)"
 )
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_OTHER_MONTHS = {"mai": "may", "okt": "oct", "dez": "dec"}  # German; the others begin alike
 
 
 @dataclass(frozen=True)
@@ -104,11 +122,19 @@ class SearchSet:
         plain, places = fold_with_places(text)
         if len(text) < _SHORT_VALUE and self._has("value", compact(text)):
             yield Hit(0, "identifier")
+        yield from self._search(plain, places, with_name_parts)
+        if with_name_parts and (closed := closed_up(plain, places)) is not None:
+            known = {(hit.place, hit.kind) for hit in self._search(plain, places, with_name_parts)}
+            yield from (h for h in self._search(*closed, with_name_parts) if (h.place, h.kind) not in known)
+
+    def _search(self, plain: str, places: list[int], with_name_parts: bool) -> Iterator[Hit]:
         yield from (Hit(places[place], "date") for place in self._dates(plain))
         tokens = list(_TOKEN.finditer(plain))
+        end_of_number = 0
         for number, token in enumerate(tokens):
             word = token[0]
-            if self._is_number_at(plain, tokens, number):
+            if number >= end_of_number and (length := self._number_at(plain, tokens, number)):
+                end_of_number = number + length
                 yield Hit(places[token.start()], "identifier")
             if word.isdigit():
                 continue
@@ -119,31 +145,31 @@ class SearchSet:
                 pair = " ".join(sorted((word, following[0])))
                 if self._has("name", pair):
                     yield Hit(places[token.start()], "name")
-            if with_name_parts and len(word) >= MIN_NAME_PART and self._has("part", word):
+            if with_name_parts and any(self._has("part", part) for part in _parts_of_word(word)):
                 yield Hit(places[token.start()], "part of a name")
 
-    def _is_number_at(self, plain: str, tokens: list[re.Match[str]], number: int) -> bool:
-        """Whether an identifier with digits begins at a token, in one piece or several."""
+    def _number_at(self, plain: str, tokens: list[re.Match[str]], number: int) -> int:
+        """In how many pieces an identifier with digits begins at a token; 0 where none does."""
         first = tokens[number]
         start = first.start()
         if start >= 2 and plain[start - 1] == "." and plain[start - 2].isdigit() and first[0].isdigit():
-            return False  # digits behind a decimal point, of which logs and configurations are full
+            return 0  # digits behind a decimal point, of which logs and configurations are full
         joined = ""
         for place in range(number, min(number + MAX_JOINED, len(tokens))):
             piece = tokens[place][0]
             if place > number:
                 between = plain[tokens[place - 1].end() : tokens[place].start()]
-                if len(between) > 2 or "\n" in between or '"' in between:
-                    return False
+                if len(between) > 3 or "\n" in between or '"' in between:
+                    return 0
             has_digit = not piece.isalpha()
             if not has_digit and len(piece) > _MAX_LETTERS:  # a word, not a part of a number
-                return False
+                return 0
             if not has_digit and place > number and tokens[place - 1][0].isalpha():  # two words in a row
-                return False
+                return 0
             joined += piece
             if not joined.isalpha() and self._has("number", joined):
-                return True
-        return False
+                return place - number + 1
+        return 0
 
     def _dates(self, plain: str) -> Iterator[int]:
         for match in (*_DATE_LIKE.finditer(plain), *_NAMED_DATE.finditer(plain)):
@@ -205,47 +231,70 @@ class SearchSet:
             ) from error
 
 
+def _parts_of_word(word: str) -> Iterator[str]:
+    """What a word of a text may hide: itself, its form without the s of "Millers", names in a row of signs (山田)."""
+    if not word.isascii() and any(map(is_caseless, word)):
+        for start in range(len(word)):
+            yield from (word[start : start + length] for length in range(MIN_CASELESS, MAX_CASELESS + 1))
+    if len(word) >= MIN_NAME_PART:
+        yield word
+    if len(word) > MIN_NAME_PART and word.endswith("s"):
+        yield word[:-1]
+
+
 def _forms(value: str) -> Iterator[str]:
     """The spellings by which an identifier is found, each tagged by its kind."""
-    plain = folded(value).strip()
     whole = compact(value)
-    dates = [day for match in (*_DATE_LIKE.finditer(plain), *_NAMED_DATE.finditer(plain)) for day in _days(match)]
-    if dates:
-        yield from {f"date\x1f{day.isoformat()}" for day in dates}
+    if not any(map(str.isdigit, whole)):
+        yield from _forms_of_name([part for part in name_parts(value) if folded(part) not in WORDS["not_names"]])
         return
-    if any(map(str.isdigit, whole)):
-        for form in {whole, whole.lstrip("0")}:
-            if len(form) >= (MIN_PLAIN_NUMBER if form.isdigit() else MIN_NUMBER):
-                yield f"number\x1f{form}"
-            elif len(form) >= MIN_NUMBER:
-                yield f"value\x1f{form}"
-        return
-    parts = [part for part in name_parts(value) if folded(part) not in WORDS["not_names"]]
+    plain = folded(value).strip()
+    for match in (*_DATE_LIKE.finditer(plain), *_NAMED_DATE.finditer(plain)):
+        if match[0] == plain or re.search(r"\d{4}", match[0]):  # three small numbers within others are no date
+            yield from {f"date\x1f{day.isoformat()}" for day in _days(match)}
+    digits = re.sub(r"\D", "", whole)
+    for form in {whole, whole.lstrip("0"), digits if len(digits) >= MIN_DIGITS else whole}:
+        if len(form) >= (MIN_PLAIN_NUMBER if form.isdigit() else MIN_NUMBER):
+            yield f"number\x1f{form}"
+        elif len(form) >= MIN_NUMBER:
+            yield f"value\x1f{form}"
+    yield from _forms_of_name(names_beside_numbers(value))
+
+
+def _forms_of_name(parts: list[str]) -> Iterator[str]:
+    """Two parts side by side or in one word, and single parts that are long enough."""
     forms = [spellings(part) for part in parts[:_MAX_NAME_PARTS]]
     for first, second in combinations(forms, 2):
         if first <= WORDS["everyday"] and second <= WORDS["everyday"]:  # "University Hospital" names nobody
             continue
-        yield from (f"name\x1f{' '.join(sorted((one, other)))}" for one in first for other in second)
+        for one, other in product(first, second):
+            yield f"name\x1f{' '.join(sorted((one, other)))}"
+            if len(one + other) >= MIN_RUN_TOGETHER:
+                yield from (f"part\x1f{one}{other}", f"part\x1f{other}{one}")
+    for part in parts[:_MAX_NAME_PARTS]:
+        if "'" in folded(part):  # a text's words end at the apostrophe
+            before, _, after = folded(part).partition("'")
+            yield f"name\x1f{' '.join(sorted((before, after)))}"
     for part in (spelling for spelling_set in forms for spelling in spelling_set):
-        if len(part) >= MIN_NAME_PART and part not in WORDS["everyday"]:
+        enough = MIN_CASELESS if is_caseless(part) else MIN_NAME_PART
+        if len(part) >= enough and part not in WORDS["everyday"]:
             yield f"part\x1f{part}"
 
 
-def _days(match: re.Match[str]) -> list[date]:
-    """The dates that a match can mean: 03/04/2020 is two."""
+def _days(match: re.Match[str]) -> Iterator[date]:
+    """The dates that a match can mean: 03/04/20 is four."""
     found = match.groupdict()
     if "m1" in found:
         name = (found["m1"] or found["m2"])[:3]
+        name = _OTHER_MONTHS.get(name, name)
         month = str(_MONTHS.index(name) + 1 if name in _MONTHS else 0)
         orders = [(found["y"], month, found["d1"] or found["d2"])]
     elif found["y"]:
         orders = [(found["y"], found["m"], found["d"])]
     else:
-        orders = [(found["c"], found["a"], found["b"]), (found["c"], found["b"], found["a"])]
-    days = []
+        one, other, year = (found[x] or found[y] or found[z] for x, y, z in ("aeh", "bfi", "cgj"))
+        orders = [(year, one, other), (year, other, one)]
     for year, month, day in orders:
-        try:
-            days.append(date(int(year), int(month), int(day)))
-        except ValueError:
-            continue
-    return days
+        for century in ("",) if len(year) == 4 else ("19", "20"):
+            with suppress(ValueError):
+                yield date(int(century + year), int(month), int(day))

@@ -9,11 +9,12 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from medclip_hf.data.hospital.pseudonyms import normal_identifier
 from medclip_hf.data.hospital.rows import Labels, Task
 from medclip_hf.data.stages import Drop
 
@@ -147,12 +148,23 @@ def read_table(
         drops.append((number, row)) if isinstance(row, Drop) else rows.append(row)
     if not rows:
         raise ValueError(f"{path} holds no usable row ({_counted(drops) or 'it has a header alone'})")
-    rows = _without_repeats(rows, drops)
+    rows = _knowing_their_patient(_without_repeats(rows, drops))
     _check_texts(path, rows, columns)
     task, classes = _task_and_classes(path, rows, columns)
     if task == "single_label":
         rows = [replace(row, labels=_one_hot(row.labels, classes)) for row in rows]
     return HospitalTable(tuple(rows), tuple(drops), task, classes)
+
+
+def listed(text: str) -> list[str]:
+    """The words between commas; a word with a comma of its own stands in double quotes.
+
+    Example:
+        >>> listed('"Name, Vorname", born')
+        ['Name, Vorname', 'born']
+    """
+    words = next(csv.reader([text], skipinitialspace=True), [])
+    return [word.strip() for word in words if word.strip()]
 
 
 def _read_cells(path: Path, separator: str, encoding: str | None) -> tuple[list[str], list[list[str]]]:
@@ -193,9 +205,10 @@ def _decoded(path: Path, encoding: str | None) -> str:
 def _check_header(path: Path, header: Sequence[str], columns: TableColumns, separator: str) -> None:
     """Complain without showing the header: where a table lacks one, its first line is a patient."""
     missing = [name for name in columns.named() if name not in header]
-    if missing and len(header) == 1:
+    if missing:
+        line = separator.join(header)
         for other, word in _SEPARATORS.items():
-            if other != separator and other in header[0]:
+            if other != separator and line.count(other) > len(header) - 1:
                 raise ValueError(
                     f"{path} does not look separated by {_SEPARATORS.get(separator, repr(separator))}, but by {word}. "
                     "Name the separator."
@@ -280,6 +293,14 @@ def _without_repeats(rows: Sequence[TableRow], drops: list[tuple[int, Drop]]) ->
     return kept
 
 
+def _knowing_their_patient(rows: Sequence[TableRow]) -> list[TableRow]:
+    """Rows that know what identifies their patient in any row: names are often filled in once."""
+    known: dict[str, dict[str, None]] = defaultdict(dict)
+    for row in rows:
+        known[normal_identifier(row.patient)].update(dict.fromkeys(row.identifying))
+    return [replace(row, identifying=tuple(known[normal_identifier(row.patient)])) for row in rows]
+
+
 def _check_texts(path: Path, rows: Sequence[TableRow], columns: TableColumns) -> None:
     if columns.text and not any(row.text or row.impression for row in rows):
         raise ValueError(f"{path}: the text column {columns.text!r} is empty in all {len(rows)} rows. Name another.")
@@ -297,6 +318,15 @@ def _task_and_classes(path: Path, rows: Sequence[TableRow], columns: TableColumn
             raise ValueError(
                 f"{path}: the label column {columns.label!r} holds {len(classes)} different values in {len(rows)} rows:"
                 " is it a text or an identifier? Class names are written into the data set as they are."
+            )
+        patients_of: dict[str, set[str]] = defaultdict(set)
+        for row in rows:
+            for name, _ in row.labels:
+                patients_of[name].add(normal_identifier(row.patient))
+        if len(classes) > 2 and max(map(len, patients_of.values())) == 1:
+            raise ValueError(
+                f"{path}: each of the {len(classes)} values of the label column {columns.label!r} belongs to one "
+                "patient alone: it is an identifier, or nothing that could be tested on other patients. Name another."
             )
         return "single_label", classes
     if not columns.labels:

@@ -41,6 +41,7 @@ class PrepareSettings:
         use_presidio: see `free_text.TextDeidentifier`.
         ner_model: the same.
         phone_regions: the same.
+        allowed_words: in names of classes, though a patient has that name ("baker" of a cyst).
         min_group: a scanner or body part of fewer patients becomes "other", since it could point to one.
     """
 
@@ -54,6 +55,7 @@ class PrepareSettings:
     use_presidio: bool = True
     ner_model: str | None = None
     phone_regions: tuple[str, ...] = PHONE_REGIONS
+    allowed_words: tuple[str, ...] = ()
     min_group: int = 5
 
     def deidentifier(self) -> TextDeidentifier:
@@ -63,6 +65,7 @@ class PrepareSettings:
     def as_dict(self) -> dict[str, Any]:
         """JSON-able values; a model that is a folder is not named, since its path may name a user."""
         values = json.loads(json.dumps(asdict(self)))
+        del values["allowed_words"]  # they are patients' names as well
         return values | {"ner_model": Path(self.ner_model).name if self.ner_model else None}
 
 
