@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from medclip_hf.evaluation.retrieval import retrieval_recall
+from medclip_hf.pipelines import add_pipelines
 from medclip_hf.training.arguments import RunArguments
 from medclip_hf.training.collators import FigureCollator
 from medclip_hf.training.command_line import train_by_recipe
@@ -87,7 +88,7 @@ def run(recipe: dict[str, Any], sections: dict[str, Any], resume: bool | Path, a
     captions = read_captions(data.folder, data.train_split)
     model, processor = build_conceptclip(sections["model"], stage, captions, data.max_length)
     image_size = model.config.vision_config.image_size
-    collator = FigureCollator(processor, data.max_length)
+    collator = FigureCollator(processor, data.max_length, raw_pixels=True)
     objective = ConceptCLIPObjective(loss.patch_concept_loss_weight, loss.use_concept_identity)
 
     dataset = FigureDataset(
@@ -98,7 +99,7 @@ def run(recipe: dict[str, Any], sections: dict[str, Any], resume: bool | Path, a
         validation = FigureDataset(data.folder, data.validation_split, image_size=image_size, crop_scale=None)
         evaluate_fn = make_evaluate_fn(validation, collator, objective, arguments, accelerator)
 
-    return train(
+    result = train(
         model,
         dataset,
         collator,
@@ -110,6 +111,9 @@ def run(recipe: dict[str, Any], sections: dict[str, Any], resume: bool | Path, a
         recipe=recipe,
         accelerator=accelerator,
     )
+    if result.model_path is not None and accelerator.is_main_process:
+        add_pipelines(result.model_path)
+    return result
 
 
 def make_evaluate_fn(

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from medclip_hf import FVLMConfig, FVLMModel, FVLMProcessor
 from medclip_hf.data.ct.anatomy import margin_voxels
@@ -36,7 +36,9 @@ from medclip_hf.evaluation.ct_zero_shot import (
     score_scan,
 )
 from medclip_hf.evaluation.metrics import auroc
+from medclip_hf.hub.convert import read_bert_tokenizer
 from medclip_hf.hub.convert_fvlm import from_towers
+from medclip_hf.pipelines import add_pipelines
 from medclip_hf.processing.fvlm import FVLMImageProcessor
 from medclip_hf.training.arguments import RunArguments
 from medclip_hf.training.calibration import CalibratedFVLMObjective, PeerModel, TextTeacher
@@ -167,7 +169,9 @@ def run(recipe: dict[str, Any], sections: dict[str, Any], resume: bool | Path, a
     dataset = open_split(data, data.train_split, config, arguments.seed)
     with what_is_named("model"):
         model, processor = build_model_and_processor(sections["model"], config, dataset, data.max_length)
-    collator = ScanCollator(processor, data.max_length, reduce_false_negatives=loss.reduce_false_negatives)
+    collator = ScanCollator(
+        processor, data.max_length, reduce_false_negatives=loss.reduce_false_negatives, raw_pixels=True
+    )
     with what_is_named("loss"):
         objective = build_objective(loss, model)
 
@@ -176,7 +180,7 @@ def run(recipe: dict[str, Any], sections: dict[str, Any], resume: bool | Path, a
         validation = open_split(data, data.validation_split, config)
         evaluate_fn = make_evaluate_fn(validation, processor, sections["validation"], accelerator)
 
-    return train(
+    result = train(
         model,
         dataset,
         collator,
@@ -188,6 +192,9 @@ def run(recipe: dict[str, Any], sections: dict[str, Any], resume: bool | Path, a
         recipe=recipe,
         accelerator=accelerator,
     )
+    if result.model_path is not None and accelerator.is_main_process:
+        add_pipelines(result.model_path)
+    return result
 
 
 @contextmanager
@@ -228,7 +235,7 @@ def build_model_and_processor(
         model = FVLMModel.from_pretrained(section.from_pretrained, dtype=torch.float32)
         processor = FVLMProcessor.from_pretrained(section.from_pretrained)
         if section.tokenizer is not None:
-            processor.tokenizer = AutoTokenizer.from_pretrained(section.tokenizer)
+            processor.tokenizer = read_bert_tokenizer(section.tokenizer)
     else:
         tokenizer = load_or_learn_tokenizer(section, dataset, max_length)
         if section.text_tower is None:
@@ -249,7 +256,7 @@ def load_or_learn_tokenizer(section: ModelSection, dataset: ScanDataset, max_len
     """The tokenizer named, that of the text tower, or one learned from the texts (the same in every process)."""
     source = section.tokenizer or section.text_tower
     if source is not None:
-        return AutoTokenizer.from_pretrained(source)
+        return read_bert_tokenizer(source)
     logger.info("learning a tokenizer from the texts of %s", dataset.folder)
     return train_wordpiece_tokenizer(dataset.captions(), section.vocab_size, max_length=max_length)
 

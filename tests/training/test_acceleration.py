@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, SiglipVisionConfig
 
 from medclip_hf.modeling.conceptclip import ConceptCLIPConfig, ConceptCLIPModel
@@ -170,3 +171,26 @@ def test_a_watch_passes_on_what_a_loader_raises():
 
     with pytest.raises(OSError, match="a worker died"):
         list(Watch(broken()))
+
+
+class Masked(TorchDispatchMode):
+    """Names the operations that ask the device for a value or its number of hits."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = args[1] if name.startswith("index") and isinstance(args[1], (list, tuple)) else ()
+        if name in ("nonzero", "_local_scalar_dense") or any(getattr(i, "dtype", None) == torch.bool for i in indices):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_losses_ask_the_device_once_how_many_concepts_there_are(model, batch):
+    objective = ConceptCLIPObjective()
+    embeddings = objective.embed(model, batch)
+    with Masked() as stops:
+        objective.compare(embeddings, batch)["loss"].backward()
+    assert stops.found == ["nonzero"]

@@ -44,6 +44,7 @@ from medclip_hf.training.distributed import (
 from medclip_hf.training.pixels import SCALING, scaled_pixels
 
 Batch = Mapping[str, Any]
+Places = tuple[Tensor, Tensor]  # rows and columns
 
 _TOKENS_PER_BUCKET = 8  # texts are padded to a multiple: fewer shapes to compile, and what tensor cores like
 
@@ -147,9 +148,9 @@ class ConceptCLIPObjective:
             ValueError: where concept identity is asked for and the batch names none.
         """
         has_concepts = "patch_embeds" in embeddings
-        usable = _usable_concepts(embeddings, batch) if has_concepts else torch.zeros(0, dtype=torch.bool)
+        usable = _usable_concepts(batch) if has_concepts else (torch.zeros(0, dtype=torch.int64),) * 2
         device = embeddings["image_embeds"].device
-        counts = gather_counts([len(embeddings["image_embeds"]), int(usable.sum())], device)
+        counts = gather_counts([len(embeddings["image_embeds"]), len(usable[0])], device)
         num_images, num_concepts = ([process[kind] for process in counts] for kind in (0, 1))
 
         image_text_share = self._image_text_share(embeddings, num_images)
@@ -200,14 +201,14 @@ class ConceptCLIPObjective:
         self,
         embeddings: dict[str, Tensor],
         batch: Batch,
-        usable: Tensor,
+        usable: Places,
         num_images: list[int],
         num_concepts: list[int],
     ) -> _Concepts:
         first_image_index = sum(num_images[: process_index()])
         return _Concepts(
             embeds=_to_float(embeddings["concept_embeds"][usable]),
-            to_image=usable.nonzero()[:, 0] + first_image_index,
+            to_image=usable[0] + first_image_index,
             ids=_concept_ids(batch)[usable] if self.use_concept_identity else None,
             counts=num_concepts,
             first_image_index=first_image_index,
@@ -289,8 +290,8 @@ class PatchConceptStream:
         self, objective: ConceptCLIPObjective, leaves: dict[str, Tensor], batch: Batch, num_parts: int
     ) -> None:
         self.objective, self.leaves = objective, leaves
-        self.usable = _usable_concepts(leaves, batch)
-        sizes = [len(leaves["image_embeds"]), int(self.usable.sum()), num_parts]
+        self.usable = _usable_concepts(batch)
+        sizes = [len(leaves["image_embeds"]), len(self.usable[0]), num_parts]
         counts = gather_counts(sizes, leaves["image_embeds"].device)
         num_images, num_concepts, everyones_parts = ([process[kind] for process in counts] for kind in (0, 1, 2))
         self.num_missing = max(everyones_parts) - num_parts
@@ -331,7 +332,7 @@ class PatchConceptStream:
         }
 
 
-def _add_gradient(leaf: Tensor, gradient: Tensor | None, where: Tensor | EllipsisType = ...) -> None:
+def _add_gradient(leaf: Tensor, gradient: Tensor | None, where: Places | EllipsisType = ...) -> None:
     if leaf.grad is None:
         leaf.grad = torch.zeros_like(leaf)
     if gradient is not None:
@@ -360,14 +361,19 @@ def _one_empty_row(batch: Batch) -> Batch:
     return {name: values.new_full((1, *values.shape[1:]), name == "attention_mask") for name, values in tensors.items()}
 
 
-def _usable_concepts(embeddings: dict[str, Tensor], batch: Batch) -> Tensor:
-    """Which concepts of the batch have a vector, (B, C) bool."""
+def _usable_concepts(batch: Batch) -> Places:
+    """Rows and columns (n,) each of the concepts of the batch that have a vector.
+
+    Places and not a mask: the device is asked once how many they are, and not again wherever the mask would be used.
+    """
     if "concept_token_spans" not in batch:
         raise ValueError(
             "The model aligns patches with concepts, but the batch has no concept_token_spans. Give the collator rows "
             "with concepts, or build the model with use_patch_concept_alignment=False."
         )
-    return usable_concepts(batch["concept_token_spans"], batch["concept_mask"], batch["input_ids"].shape[1])
+    usable = usable_concepts(batch["concept_token_spans"], batch["concept_mask"], batch["input_ids"].shape[1])
+    rows, columns = usable.nonzero().unbind(1)
+    return rows, columns
 
 
 def _concept_ids(batch: Batch) -> Tensor:

@@ -1,0 +1,67 @@
+"""Images/s, MFU and peak memory of a ConceptCLIP training step at the published size, against the published procedure.
+
+    python benchmarks/gpu_conceptclip.py --stage 1 --batches 64 128 256
+    python benchmarks/gpu_conceptclip.py --stage 2 --batches 64 128 256
+    python benchmarks/gpu_conceptclip.py --stage 2 --tiny --batches 8 --repeats 2      # on a CPU: tries the script
+
+SO400M at 384 pixels and BERT base, bf16 autocast over float32 weights, one process, data at hand. "published" is full
+checkpointing, captions padded to 77 tokens, all similarities of PC-Align kept, AdamW without a fused kernel; its image
+tower runs through the same attention (SDPA) as ours, as timm's does. The others are the package's step: fused AdamW,
+captions padded to the longest, PC-Align by blocks (or its Triton kernel), a share of the blocks that keeps activations,
+and compiled blocks. MFU counts the useful operations of towers and heads (three times forwards, no padding, no
+recomputation) against the dense bf16 peak. A variant that does not fit is said to, with the device's words.
+"""
+
+import argparse
+
+from gpu_steps import Prepared, Request, add_arguments, device_here, measure
+from step_models import (
+    TEXT_LIMIT,
+    PlainConceptCLIPObjective,
+    apply_blocks,
+    conceptclip_batch,
+    conceptclip_flops,
+    conceptclip_model,
+    make_step,
+    padded,
+)
+
+from medclip_hf.training.objectives import ConceptCLIPObjective
+
+VARIANTS: dict[str, Request] = {
+    "published": {"published": True, "keep": 0.0},
+    "ours, all recomputed": {"keep": 0.0},
+    "ours, half recomputed": {"keep": 0.5},
+    "ours, none recomputed": {"keep": None},
+    "ours, half, compiled": {"keep": 0.5, "compiled": True},
+    "ours, none, compiled": {"keep": None, "compiled": True},
+}
+
+
+def prepare(request: Request) -> Prepared:
+    """The step of one variant."""
+    published = request.get("published", False)
+    model = conceptclip_model("tiny" if request["tiny"] else "published", stage=request["stage"])
+    batch = conceptclip_batch(model.config, request["rows"], concepts=request["concepts"])
+    flops = conceptclip_flops(model.config, batch)
+    device = device_here()
+    apply_blocks(model.to(device), keep=request["keep"], compiled=request.get("compiled", False))
+    if published:
+        batch = padded(batch, TEXT_LIMIT["conceptclip"])
+    objective = PlainConceptCLIPObjective() if published else ConceptCLIPObjective()
+    micro = 1 if published else request["micro_batches"]
+    step = make_step(model, objective, batch, device=device, fused=not published, bf16=True, micro_batches=micro)
+    return step, request["rows"], flops
+
+
+def main() -> None:
+    """Parse and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--concepts", type=int, default=8, help="of each caption, in stage 2")
+    add_arguments(parser, [64, 128, 256])
+    measure(__file__, parser.parse_args(), VARIANTS, prepare)
+
+
+if __name__ == "__main__":
+    main()
