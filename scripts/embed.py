@@ -168,12 +168,17 @@ def make_step(options: argparse.Namespace) -> PictureStep | ScanStep:
     encoder = load_picture_encoder(options, device)
     kind = "patches" if options.patches else "pictures"
     how = run_options(options, BATCH_SIZE["pictures"])
-    settings = {"source": source.identity, "patches": options.patches, "stored_type": how.stored_type}
+    settings = {
+        "source": source.identity,
+        "patches": options.patches,
+        "stored_type": how.stored_type,
+        "device_type": device.type,  # a process without a GPU among others would leave other numbers
+    }
     store = EmbeddingStore(
         options.output,
         settings | {"model": encoder.identity, "logit_scale": encoder.logit_scale, "logit_bias": encoder.logit_bias},
         num_rows=len(source),
-        rows_per_shard=options.rows_per_shard or ROWS_PER_SHARD[kind],
+        rows_per_shard=ROWS_PER_SHARD[kind] if options.rows_per_shard is None else options.rows_per_shard,
         store_format=options.format,
     )
     step = PictureStep(encoder, source, store, how)
@@ -200,13 +205,14 @@ def make_scan_step(options: argparse.Namespace, device: torch.device) -> ScanSte
         "source": source.identity,
         "protocol": options.protocol,
         "window_size_dhw": list(window),
+        "device_type": device.type,
         "stored_type": how.stored_type,
     }
     store = EmbeddingStore(
         options.output,
         settings,
         num_rows=len(source),
-        rows_per_shard=options.rows_per_shard or ROWS_PER_SHARD["scans"],
+        rows_per_shard=ROWS_PER_SHARD["scans"] if options.rows_per_shard is None else options.rows_per_shard,
         store_format=options.format,
     )
     step = ScanStep(model, source, store, how, protocol=options.protocol, window_size_dhw=tuple(window))

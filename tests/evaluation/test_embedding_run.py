@@ -1,6 +1,9 @@
 """What becomes of pictures and scans does not depend on batches, workers, processes or restarts."""
 
 import io
+import os
+import signal
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -147,6 +150,25 @@ def test_a_unit_that_kills_its_process_can_be_set_aside(tmp_path, pictures):
     step = step_in(tmp_path / "out", pictures)
     assert step.set_aside(Task(2), "worker process killed").tally.dropped["worker process killed"] == 2
     assert step.store.is_done(2)
+
+
+def test_a_picture_that_kills_its_loader_worker_is_set_aside_alone(tmp_path, pictures):
+    step = step_in(tmp_path / "out", pictures, rows_per_shard=10, batch_size=3, num_workers=2)
+    whole = step.encoder.preprocess
+
+    def preprocess(image):
+        if to_rgb(image).getpixel((0, 0)) == Image.open(io.BytesIO(png(6))).getpixel((0, 0)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(image)
+
+    step.encoder = replace(step.encoder, preprocess=preprocess)
+    list(step.stream(tasks_of(step)))
+    total = step.store.finish()
+    assert (total.kept, total.dropped["picture killed its loader worker"]) == (6, 1)
+    (shard,) = read_shards(tmp_path / "out")
+    assert "ct/6.png" not in shard.row_ids
+    expected = encoder().encode_images([pictures.folder / row_id for row_id in shard.row_ids])
+    np.testing.assert_allclose(shard.arrays["image_embeds"], expected.image_embeds, atol=1e-6)
 
 
 def test_values_that_are_not_finite_end_the_run_and_are_never_written(tmp_path, pictures):

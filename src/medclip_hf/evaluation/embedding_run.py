@@ -26,6 +26,9 @@ from medclip_hf.evaluation.encoders import Encoder
 
 logger = logging.getLogger(__name__)
 
+# Pixels (n, 3, H, W) of the pictures of a batch that can be read, their names, and the others.
+_Loaded = tuple[Tensor, list[str], list[Drop]]
+
 STORED_TYPES = {"float32": np.float32, "float16": np.float16}
 
 
@@ -107,7 +110,7 @@ class PictureStep:
         """Embeddings of each batch on the CPU, one batch behind: the device computes the next while one is kept."""
         waiting: tuple[_Copied, list[str], list[Drop]] | None = None
         batch_size = self.options.batch_size
-        for pixel_values, rows, drops in self._loader([indices for _, indices in batches]):
+        for pixel_values, rows, drops in self._loaded([indices for _, indices in batches]):
             copied = _Copied(self.encoder.device)
             if rows:
                 # To the device in the workers' type: a cast on the CPU would take longer than the copy.
@@ -127,15 +130,51 @@ class PictureStep:
             values["patch_embeds"] = found.patch_embeds
         copied.add(values)
 
-    def _loader(self, batches: list[Sequence[int]]) -> DataLoader[Any]:
-        workers = self.options.num_workers
+    def _loaded(self, batches: list[Sequence[int]]) -> Iterator[_Loaded]:
+        """The pixels of each batch; a picture whose decoder takes its worker down is set aside, the others are not."""
+        done = 0
+        while done < len(batches):
+            try:
+                for loaded in self._loader(batches[done:], self.options.num_workers):
+                    done += 1
+                    yield loaded
+            except RuntimeError as error:
+                if not _is_death_of_worker(error):
+                    raise
+                # Workers are ahead of the tower, so the picture to blame may be in one of the next batches.
+                logger.warning("a loader worker died; reading %d pictures one by one", len(batches[done]))
+                yield self._loaded_one_by_one(list(batches[done]))
+                done += 1
+
+    def _loaded_one_by_one(self, left: list[int]) -> _Loaded:
+        """The same batch, each picture alone in flight, so that a death has one to blame."""
+        parts: list[_Loaded] = []
+        while left:
+            try:
+                for loaded in self._loader([[index] for index in left], num_workers=1, batches_ahead=1):
+                    parts.append(loaded)
+                    left.pop(0)
+            except RuntimeError as error:
+                if not _is_death_of_worker(error):
+                    raise
+                row_id = _row_id(self.source, left.pop(0))
+                parts.append((torch.zeros(0), [], [Drop("picture killed its loader worker", "", row_id)]))
+        pixels = [pixel_values for pixel_values, rows, _ in parts if rows]
+        return (
+            torch.cat(pixels) if pixels else torch.zeros(0),
+            [row_id for _, rows, _ in parts for row_id in rows],
+            [drop for *_, drops in parts for drop in drops],
+        )
+
+    def _loader(self, batches: list[Sequence[int]], num_workers: int, batches_ahead: int = 2) -> DataLoader[Any]:
         return DataLoader(
             _Pictures(self.source, self.encoder.preprocess),
             batch_sampler=batches,  # type: ignore[arg-type]
-            num_workers=workers,
+            num_workers=num_workers,
+            prefetch_factor=batches_ahead if num_workers else None,
             collate_fn=_collate,
             pin_memory=self.encoder.device.type == "cuda",
-            multiprocessing_context="fork" if workers else None,  # the preprocessing is a closure
+            multiprocessing_context="fork" if num_workers else None,  # the preprocessing is a closure
         )
 
     def _as_stored(self, name: str, values: Tensor) -> NDArray[Any]:
@@ -223,6 +262,10 @@ class _Pictures(Dataset[Any]):
             return Drop("image cannot be preprocessed", f"{type(error).__name__}: {error}", row_id)
 
 
+def _is_death_of_worker(error: RuntimeError) -> bool:
+    return "DataLoader worker" in str(error)
+
+
 def _row_id(source: PictureSource, index: int) -> str:
     try:
         return source.row_id(index)
@@ -230,7 +273,7 @@ def _row_id(source: PictureSource, index: int) -> str:
         return f"row {index}"
 
 
-def _collate(batch: list[tuple[str, Tensor] | Drop]) -> tuple[Tensor, list[str], list[Drop]]:
+def _collate(batch: list[tuple[str, Tensor] | Drop]) -> _Loaded:
     found = [item for item in batch if not isinstance(item, Drop)]
     drops = [item for item in batch if isinstance(item, Drop)]
     pixel_values = torch.stack([pixels for _, pixels in found]) if found else torch.zeros(0)
