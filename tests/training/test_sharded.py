@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from medclip_hf.training.checkpoints import consolidate
+
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 COMMON = {"max_steps": 8, "learning_rate": 1e-2, "log_every": 1, "checkpoint_every": 4}
 GLOBAL_BATCH = 12
@@ -105,3 +107,51 @@ def test_one_process_without_shards_continues_them(run_sharded, one_process, two
     folder = as_after_step_4(two_processes, tmp_path / "run")
     run_sharded(folder, 1, "--resume", environment={})
     assert_like(folder, one_process)
+
+
+def test_shards_become_a_model_that_loads_as_any_other(tiny, two_processes, tmp_path):
+    checkpoint = two_processes / "checkpoints" / "checkpoint-00000008"
+    assert consolidate(checkpoint, tmp_path / "model", lambda folder: tiny.new_model(seed=5)) == 8
+    weights, expected = load_file(tmp_path / "model" / "model.safetensors"), weights_of(two_processes)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_what_is_no_checkpoint_in_shards_is_not_consolidated(tiny, one_process, two_processes, tmp_path):
+    def model(folder):
+        return tiny.new_model()
+
+    with pytest.raises(ValueError, match="is not in shards: from_pretrained loads it as it is"):
+        consolidate(one_process / "checkpoints" / "checkpoint-00000008", tmp_path / "model", model)
+    copy = tmp_path / "copy"
+    shutil.copytree(two_processes / "checkpoints" / "checkpoint-00000008", copy)
+    shard = next((copy / "shards").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"cannot be resumed: shards/.* has \d+ bytes instead of"):
+        consolidate(copy, tmp_path / "model", model)
+
+
+def test_shards_of_another_model_are_refused(tiny, two_processes, tmp_path):
+    other = tiny.new_model()
+    other.extra = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"missing \['extra.bias', 'extra.weight'\]"):
+        consolidate(two_processes / "checkpoints" / "checkpoint-00000008", tmp_path / "model", lambda folder: other)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_disk_that_is_full_in_the_background_ends_the_run_and_leaves_the_last_checkpoint(
+    run_sharded, start_tiny, one_process, tmp_path, num_processes
+):
+    """One process finds no space for its shards of the second checkpoint."""
+    arguments = COMMON | {"output_dir": str(tmp_path), "batch_size_per_process": GLOBAL_BATCH // num_processes}
+    run = start_tiny(
+        arguments, "--no_dropout", "--full_disk_from", "8", num_processes=num_processes, environment=SHARDED
+    )
+    codes, text = run.wait()
+    assert all(codes), text
+    assert "checkpoint-00000008 could not be written" in text
+    assert "No space left on device" in text
+    assert "Earlier checkpoints are untouched" in text
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-00000004"]
+    run_sharded(tmp_path, num_processes, "--resume")
+    assert_like(tmp_path, one_process)

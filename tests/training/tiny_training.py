@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from medclip_hf.training import faults
@@ -135,6 +136,24 @@ def fault_at(kind, step, done):
     return embed
 
 
+def fill_disk_from(step):
+    """From this step on, the last process finds no space for its shards."""
+
+    def write_data(*_):
+        raise OSError(28, "No space left on device")
+
+    class Filling(Matching):
+        count = 0
+
+        def embed(self, model, batch):
+            Filling.count += 1
+            if Filling.count == step and int(os.environ.get("RANK", 0)) == num_processes() - 1:
+                HuggingFaceStorageWriter.write_data = write_data
+            return super().embed(model, batch)
+
+    return Filling()
+
+
 def new_model(seed=0):
     torch.manual_seed(seed)
     return TwoTowers(TwoTowerConfig())
@@ -150,6 +169,7 @@ def main():
     parser.add_argument("--fault_step", type=int, default=5)
     parser.add_argument("--fault_done", type=Path)
     parser.add_argument("--beat_seconds", type=float)
+    parser.add_argument("--full_disk_from", type=int)
     options = parser.parse_args()
 
     objective = Matching()
@@ -159,6 +179,8 @@ def main():
         )
     if options.fault:
         objective.embed = fault_at(options.fault, options.fault_step, options.fault_done)
+    if options.full_disk_from:
+        objective = fill_disk_from(options.full_disk_from)
     if options.beat_seconds:
         faults.BEAT_SECONDS = options.beat_seconds
     arguments = RunArguments(progress_bar=False, **options.arguments)

@@ -35,6 +35,7 @@ _MANIFEST = "manifest.json"
 _RUN_STATE = "run_state.json"
 _OPTIMIZER = "optimizer.safetensors"
 _OBJECTIVE = "objective.safetensors"
+_OWN_FILES = (_MANIFEST, _RUN_STATE, _OBJECTIVE, "random_state-")
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 _TRAINED_WEIGHTS = "trained_weights.safetensors"
@@ -139,13 +140,7 @@ def finish_checkpoint(writer: sharded.ShardWriter, final: Path, accelerator: Acc
     Raises:
         OSError: any process could not write its part; all of them raise it.
     """
-
-    def wait() -> None:
-        error = writer.wait()
-        if error is not None:
-            raise error
-
-    _together(wait, final.with_name(final.name + ".tmp"), accelerator)
+    _together(writer.wait, final.with_name(final.name + ".tmp"), accelerator)
 
 
 def _together(work: Callable[[], None], temporary: Path, accelerator: Accelerator) -> None:
@@ -261,6 +256,29 @@ def restore_checkpoint(
     if with_random_state:
         state = load_random_state(folder / _random_state_name(accelerator.process_index))
         restore_random_state(state, accelerator.device)
+
+
+def consolidate(checkpoint: Path, output: Path, make_model: Callable[[Path], Any]) -> int:
+    """The step of a checkpoint in shards, whose model is then in `output`, ready for `from_pretrained`.
+
+    Args:
+        checkpoint: folder of a complete checkpoint.
+        output: to write; what belongs to a processor is copied.
+        make_model: folder with a `config.json` → a model of that configuration; its weights are replaced.
+
+    Raises:
+        ValueError: the checkpoint is not complete, not in shards, or of another model.
+    """
+    step = read_run_state(checkpoint).step
+    if not sharded.has_shards(checkpoint):
+        raise ValueError(f"{checkpoint} is not in shards: from_pretrained loads it as it is.")
+    model = make_model(checkpoint)
+    sharded.restore_shards(checkpoint, model)
+    save_model(output, model)
+    for file in checkpoint.iterdir():
+        if file.is_file() and not file.name.startswith(_OWN_FILES) and not (output / file.name).exists():
+            shutil.copy2(file, output / file.name)
+    return step
 
 
 def load_objective_state(folder: Path) -> dict[str, torch.Tensor]:

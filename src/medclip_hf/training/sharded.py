@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -28,16 +29,16 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
-    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from medclip_hf.training.acceleration import towers_of
 
 logger = logging.getLogger(__name__)
 
 SHARDS = "shards"
 _WEIGHT = "model/"
 _MOMENT = "optimizer/"
-_ENTRY_POINTS = ("get_image_features", "get_text_features")  # called beside `forward`
 
 
 def is_sharding_asked_for() -> bool:
@@ -58,7 +59,8 @@ def is_sharding_asked_for() -> bool:
 def shard(model: Any, accelerator: Accelerator) -> Any:
     """The same model with every parameter cut among the processes; its units are gathered as they are needed.
 
-    Units are the modules that the model does not want split: its transformer blocks above all. The rest is one unit.
+    Each transformer block is a unit, and the rest is another.
+    The model has to be called by its `forward`: other methods find its parameters cut.
 
     Args:
         model: with the same weights on every process.
@@ -74,12 +76,9 @@ def shard(model: Any, accelerator: Accelerator) -> Any:
     of_blocks = MixedPrecisionPolicy()
     if accelerator.mixed_precision == "bf16":
         of_blocks = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in _units(model):
-        fully_shard(module, reshard_after_forward=reshard, mp_policy=of_blocks, **common)
+    for block in (block for tower in towers_of(model) for block in tower):
+        fully_shard(block, reshard_after_forward=reshard, mp_policy=of_blocks, **common)
     fully_shard(model, **common)
-    for name in _ENTRY_POINTS:
-        if hasattr(model, name):
-            register_fsdp_forward_method(model, name)
     return accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
 
@@ -88,7 +87,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def whole_weights(model: Any) -> dict[str, torch.Tensor] | None:
+def whole_weights(model: Any) -> dict[str, Any] | None:
     """All weights in memory of the main process, an empty mapping on the others; None if the model is not sharded.
 
     Every process calls this.
@@ -169,13 +168,21 @@ class ShardWriter:
         """Whether the checkpoint being written is known to have failed on this process."""
         return self._is_done.is_set() and self._error is not None
 
-    def wait(self) -> BaseException | None:
-        """Wait for the background; what went wrong on this process, if something did, said once."""
+    def wait(self) -> None:
+        """Wait for the background.
+
+        Raises:
+            OSError: what went wrong there on any process; once.
+        """
         if self._future is None:
-            return None
+            return
         self._is_done.wait()
         error, self._error, self._future = self._error, None, None
-        return error
+        if isinstance(error, CheckpointException):
+            first = min(error.failures)
+            raise OSError(f"process {first}: {error.failures[first][0]}") from None  # its own text is all tracebacks
+        if error is not None:
+            raise error
 
     def _finish(self, future: Any, seal: Callable[[], None]) -> None:
         """In the background, after the writing: give the checkpoint its name, or keep the error for the loop."""
@@ -263,13 +270,6 @@ def _empty_moments(
 def _with_an_axis(value: torch.Tensor) -> torch.Tensor:
     """A single number as a vector of one, in the same memory: the file format places shards along axes."""
     return value if value.dim() > 0 else value.reshape(1)
-
-
-def _units(model: Any) -> list[torch.nn.Module]:
-    """The modules that stay whole, innermost first."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
-    return [module for module in reversed(blocks) if any(True for _ in module.parameters())]
 
 
 def exchange_later(model: torch.nn.Module, accelerator: Accelerator) -> Any:
