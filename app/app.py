@@ -8,6 +8,7 @@ On a Space the same file runs; `CONCEPTCLIP_MODELS` and `FVLM_MODELS` (separated
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -69,4 +70,7 @@ def _named_in(variable: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # as containers are stopped: uploads are removed all the same
     sys.exit(main())

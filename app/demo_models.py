@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from medclip_hf.cli.loading import load_pipeline, model_type_of
 
 TASKS = {"conceptclip": "medical-concept-annotation", "fvlm": "ct-zero-shot-classification"}
+KINDS = {"conceptclip": "ConceptCLIP", "fvlm": "fVLM"}
 FLAGS = {"conceptclip": "--conceptclip", "fvlm": "--fvlm"}
 # Of `make demo`, best first.
 DEMO_FOLDERS = {
@@ -67,7 +68,8 @@ def load_models(chosen: argparse.Namespace, folder: Path) -> Models:
     shown: dict[str, dict[str, Model]] = {}
     for kind, named in (("conceptclip", chosen.conceptclip), ("fvlm", chosen.fvlm)):
         if named:
-            shown[kind] = {_short_name(place): _load(kind, place, chosen.device, findings) for place in named}
+            names = _short_names(named)
+            shown[kind] = {name: _load(kind, place, chosen.device, findings) for name, place in names.items()}
             continue
         in_words = findings or _read_findings(PHANTOM_FINDINGS)  # of the drawn torsos' reports
         shown[kind] = {
@@ -79,7 +81,7 @@ def load_models(chosen: argparse.Namespace, folder: Path) -> Models:
             from untrained import make_untrained
 
             made = _load(kind, str(make_untrained(kind, folder / f"untrained_{kind}")), chosen.device, in_words)
-            shown[kind] = {f"untrained {kind}": Model(made.pipe, made.findings, is_untrained=True)}
+            shown[kind] = {f"untrained {KINDS[kind]}": Model(made.pipe, made.findings, is_untrained=True)}
     return Models(**shown)
 
 
@@ -97,8 +99,9 @@ def named_model(models: Mapping[str, Model], name: str) -> Model:
 def how_to_get(kind: str) -> str:
     """What to do where no model of a kind is there, as a sentence."""
     return (
-        f"There is no model here. Train the demo models with `make demo` (about a quarter of an hour) and start this "
-        f"page again, or name one: python app/app.py {FLAGS[kind]} FOLDER_OR_REPO."
+        "There is no model here. Train the demo models with `make demo` (about a quarter of an hour) and start this "
+        f"page again, or name one: python app/app.py {FLAGS[kind]} FOLDER_OR_REPO. With --untrained the page can be "
+        "tried without one."
     )
 
 
@@ -108,13 +111,15 @@ def _load(kind: str, place: str, device: str | None, findings: tuple[Any, ...] |
     return Model(load_pipeline(TASKS[kind], place, device=device), findings if kind == "fvlm" else None)
 
 
-def _short_name(place: str) -> str:
-    """What a visitor sees of a path of the server: its last folder that tells something."""
-    path = Path(place)
-    if not path.is_dir():
-        return place
-    resolved = path.resolve()
-    return f"{resolved.parent.name}/{resolved.name}"
+def _short_names(places: Sequence[str]) -> dict[str, str]:
+    """Each place by what a visitor sees of it: a Hub name, or the last two folders of a path of the server."""
+    names: dict[str, str] = {}
+    for place in places:
+        path = Path(place).expanduser().resolve()
+        name = f"{path.parent.name}/{path.name}" if path.is_dir() else place
+        same = sum(other == name or other.startswith(f"{name} (") for other in names)
+        names[f"{name} ({same + 1})" if same else name] = place
+    return names
 
 
 def _read_findings(path: Path) -> tuple[Any, ...]:

@@ -31,8 +31,8 @@ def build(models: Models, sessions: Sessions, examples: Path) -> gr.Blocks:
         )
         if models.untrained:
             gr.HTML(
-                '<div class="mc-untrained" role="alert">Untrained: '
-                f"{', '.join(models.untrained)}. Weights are random, and so is every number below.</div>"
+                f'<div class="mc-untrained" role="alert">{" and ".join(models.untrained)}: '
+                "the weights are random, and so is every number of theirs.</div>"
             )
         with gr.Tabs():
             with gr.Tab("Picture", id="picture"):

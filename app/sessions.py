@@ -114,13 +114,13 @@ def read_upload(path: Path) -> Image.Image:
     Raises:
         ValueError: in a sentence, without the server's path.
     """
+    head = _head(path)
     try:
         if path.stat().st_size > MAX_PICTURE_BYTES:
             raise ValueError(
                 f"{path.name} has {path.stat().st_size / 2**20:.0f} MB; pictures may have "
                 f"{MAX_PICTURE_BYTES >> 20} MB. Scale it down first."
             )
-        head = _head(path)
         if head.startswith(_ZIP):
             raise ValueError(f"{path.name} is a zip archive, and archives are not opened. Upload the picture itself.")
         if path.name.lower().endswith(NIFTI_ENDINGS):

@@ -1,6 +1,7 @@
 """Parts of the web demo without a browser: uploads, sessions, windows on another grid, models that are not there."""
 
 import argparse
+import ast
 import os
 import sys
 from collections.abc import Iterator
@@ -154,7 +155,16 @@ def test_without_models_the_page_says_how_to_get_them_and_untrained_ones_are_nam
     assert models.conceptclip == models.fvlm == {}
     assert "make demo" in app.demo_models.how_to_get("fvlm")
     untrained = app.demo_models.load_models(_chosen(untrained=True), tmp_path)
-    assert untrained.untrained == ["untrained conceptclip", "untrained fvlm"]
+    assert untrained.untrained == ["untrained ConceptCLIP", "untrained fVLM"]
+
+
+def test_two_folders_of_one_name_are_both_shown_and_neither_tells_the_servers_path(app, tmp_path):
+    places = [str(tmp_path / user / "run" / "final") for user in "ab"]
+    for place in places:
+        Path(place).mkdir(parents=True)
+    names = app.demo_models._short_names([*places, "owner/name"])
+    assert list(names) == ["run/final", "run/final (2)", "owner/name"]
+    assert list(names.values()) == [*places, "owner/name"]
 
 
 def test_a_model_of_the_other_kind_is_refused(app, tmp_path):
@@ -169,6 +179,14 @@ def test_a_model_that_is_not_there_ends_the_command_with_a_sentence(app, tmp_pat
     monkeypatch.setattr("os.environ", dict(os.environ))  # the command sets some
     assert app.command.main(["--conceptclip", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.strip() == f"there is no folder {tmp_path / 'none'}."
+
+
+def test_the_page_imports_neither_training_nor_scripts():
+    for file in APP.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in getattr(node, "names", [])] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.startswith(("medclip_hf.training", "scripts"))], file
 
 
 def test_the_page_listens_to_this_machine_alone_unless_told_otherwise(app, monkeypatch):

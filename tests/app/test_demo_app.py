@@ -76,6 +76,7 @@ def served(tmp_path_factory) -> Iterator[SimpleNamespace]:
         finally:
             server.terminate()
             server.wait(timeout=30)
+    assert not list(temporary.glob("medclip_hf_demo_*")), "what the server held is still there after its end"
 
 
 @pytest.fixture(scope="module")
