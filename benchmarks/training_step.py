@@ -7,6 +7,7 @@ clipping, update. (2) Operations that make the host wait for the device, counted
 GPU each is a stop. (3) One measure at a time against the step without it, in turn, medians, with how far the loss of
 the first step differs. (4) Memory that the graph keeps, by the share of blocks that recompute. Sizes are small ones for
 a CPU: ratios of parts differ at the published size (`gpu_conceptclip.py`, `gpu_fvlm.py`), counts and numbers do not.
+Times are CPU seconds of one thread, so that other work on the machine counts less.
 """
 
 import argparse
@@ -88,11 +89,11 @@ def print_parts(model: Any, objective: Any, batch: Batch, repeats: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     times: dict[str, list[float]] = {}
     for repeat in range(repeats + 1):
-        clock = time.perf_counter()
+        clock = time.process_time()
 
         def lap(part: str, is_counted: bool = repeat > 0) -> None:
             nonlocal clock
-            now = time.perf_counter()
+            now = time.process_time()
             if is_counted:
                 times.setdefault(part, []).append(now - clock)
             clock = now
@@ -157,9 +158,9 @@ def print_measures(model: Any, objective: Any, batch: Batch, options: argparse.N
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(options.repeats):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     plain = times["the step"]
     print(f"  {'':36}{'ms':>9}{'× the step':>12}{'loss differs by':>18}")
     for name, values in times.items():
