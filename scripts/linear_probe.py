@@ -6,9 +6,13 @@ r"""Linear probe of frozen features: figures with intervals at several shares of
         --fractions 0.1,1 --seeds 0,1,2,3,4 --output probe.json
     python scripts/linear_probe.py --features embeddings.npz --table labels.csv --label class --published-c \
         --output probe.json
+    python scripts/linear_probe.py --model runs/stage2/final --task siim_acr --data data/siim \
+        --cache results/embeddings --output probe.json
 
-Row n of the table belongs to row n of the features; a column "split" says train, validation or test. C is chosen on
-validation. `--published-c` fixes it to the value of ConceptCLIP's release, meant for features that are not normalised.
+Features and labels come from two files, or from a task and a model as scripts/evaluate.py takes them, whose cache of
+embeddings is shared. Row n of the table belongs to row n of the features; a column "split" says train, validation or
+test. C is chosen on validation. `--published-c` fixes it to the value of ConceptCLIP's release, meant for features that
+are not normalised.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from medclip_hf.evaluation.encoders import load_encoder
 from medclip_hf.evaluation.probe import (
     C_GRID,
     FRACTIONS,
@@ -27,6 +32,8 @@ from medclip_hf.evaluation.probe import (
     run_linear_probe,
 )
 from medclip_hf.evaluation.probe_data import ProbeData, load_probe_data
+from medclip_hf.evaluation.probe_task import embed_probe_data
+from medclip_hf.evaluation.tasks import read_task, task
 from medclip_hf.explain.evaluation_report import FIGURE_NAMES, interval_text
 from medclip_hf.explain.report import Table
 
@@ -39,9 +46,14 @@ def numbers(text: str) -> list[float]:
 def parse_command_line(command_line: list[str] | None) -> argparse.Namespace:
     """The options of one run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--features", type=Path, required=True, help="safetensors or npz, (samples, width)")
-    parser.add_argument("--table", type=Path, required=True, help="CSV with a row for each row of the features")
-    labels = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("--features", type=Path, help="safetensors or npz, (samples, width)")
+    parser.add_argument("--table", type=Path, help="CSV with a row for each row of the features")
+    parser.add_argument("--model", help="instead of features: folder, Hub name or open_clip:…")
+    parser.add_argument("--task", help="with --model: name of the benchmark table, or a JSON file")
+    parser.add_argument("--data", help="with --model: folder of the data set, or datasets:<repository>")
+    parser.add_argument("--cache", type=Path, help="with --model: folder of embeddings, of evaluate.py too")
+    parser.add_argument("--num-workers", type=int, default=0, help="with --model: processes that decode images")
+    labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--label", help="column of the class of each sample")
     labels.add_argument("--findings", help="columns of several findings, with commas; 0, 1 or empty for unknown")
     parser.add_argument("--split", default="split", help="column of the split")
@@ -52,7 +64,7 @@ def parse_command_line(command_line: list[str] | None) -> argparse.Namespace:
     penalty.add_argument("--c", type=numbers, default=list(C_GRID), help="values of C to choose from on validation")
     penalty.add_argument("--published-c", action="store_true", help=f"fix C to {PUBLISHED_C}")
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap by patient")
-    parser.add_argument("--device", default="cpu", help="of the optimiser")
+    parser.add_argument("--device", default="cpu", help="of the optimiser and the model")
     parser.add_argument("--output", type=Path, required=True, help="JSON")
     return parser.parse_args(command_line)
 
@@ -61,14 +73,7 @@ def main(command_line: list[str] | None = None) -> int:
     """Probe; 0, or 2 for a mistake in what was asked."""
     options = parse_command_line(command_line)
     try:
-        data = load_probe_data(
-            options.features,
-            options.table,
-            label_column=options.label,
-            finding_columns=options.findings.split(",") if options.findings else (),
-            split_column=options.split,
-            patient_column=options.patients,
-        )
+        data = probe_data(options)
         runs = run_linear_probe(
             data.splits["train"],
             data.splits.get("validation"),
@@ -80,7 +85,7 @@ def main(command_line: list[str] | None = None) -> int:
             device=options.device,
         )
         figures = probe_figures(runs, data.splits["test"], data.class_names, num_resamples=options.resamples)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     write_json(options.output, {"data": described(data), "runs": [as_dict(run, data) for run in runs], **kept(figures)})
@@ -92,6 +97,31 @@ def main(command_line: list[str] | None = None) -> int:
             f"{stopped} of {len(runs)} fits were stopped before they met the tolerance; see is_converged\n"
         )
     return 0
+
+
+def probe_data(options: argparse.Namespace) -> ProbeData:
+    """The splits, from two files or from a model and a task.
+
+    Raises:
+        ValueError: neither pair is named whole, or both are; or as the readers of either.
+    """
+    of_files, of_task = (options.features, options.table), (options.model, options.task, options.data)
+    if any(of_files) == any(of_task) or not (all(of_files) or all(of_task)):
+        raise ValueError("name either --features and --table, or --model, --task and --data.")
+    if options.features:
+        return load_probe_data(
+            options.features,
+            options.table,
+            label_column=options.label,
+            finding_columns=options.findings.split(",") if options.findings else (),
+            split_column=options.split,
+            patient_column=options.patients,
+        )
+    if options.label or options.findings or options.patients:
+        raise ValueError("a task has its own labels and patients: leave --label, --findings and --patients out.")
+    named = read_task(Path(options.task)) if options.task.endswith(".json") else task(options.task)
+    encoder = load_encoder(options.model, device=options.device)
+    return embed_probe_data(encoder, named, options.data, options.cache, num_workers=options.num_workers)
 
 
 def described(data: ProbeData) -> dict[str, Any]:

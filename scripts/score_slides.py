@@ -103,7 +103,7 @@ def main(command_line: list[str] | None = None) -> int:
     options = parse_command_line(command_line)
     try:
         run(options)
-    except (ValueError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0

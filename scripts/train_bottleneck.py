@@ -24,12 +24,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from medclip_hf.data.concepts.index import read_vocabulary
+from medclip_hf.data.images import path_inside
 from medclip_hf.data.parquet import write_text_atomically
 from medclip_hf.evaluation.bottleneck import ConceptBottleneck, SwitchEffect, fit_bottleneck, switch_effect
 from medclip_hf.evaluation.comparisons import PairedDifference, paired_differences
 from medclip_hf.evaluation.concept_bank import ConceptBank, build_concept_bank
 from medclip_hf.evaluation.encoders import Encoder, load_encoder
 from medclip_hf.evaluation.probe import ProbeSplit, run_linear_probe
+from medclip_hf.evaluation.task_layouts import canonical_split
 
 logger = logging.getLogger("train_bottleneck")
 
@@ -126,6 +128,8 @@ def read_table(path: Path) -> list[dict[str, str]]:
         rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in csv.DictReader(file)]
     if not rows or not all(row.get(column) for row in rows for column in ("image", "label", "split")):
         raise ValueError(f"{path} must have rows with the columns image, label and split, no cell empty.")
+    for row in rows:
+        row["split"] = canonical_split(row["split"])
     wrong = sorted({row["split"] for row in rows} - set(SPLITS))
     if wrong or len({row["split"] for row in rows}) < len(SPLITS):
         raise ValueError(f"{path} must have rows of each split {', '.join(SPLITS)} and of no other, got also {wrong}.")
@@ -152,7 +156,7 @@ def encode(
         pixels = []
         for row in rows[first : first + BATCH]:
             try:
-                pixels.append(encoder.preprocess(folder / row["image"]))
+                pixels.append(encoder.preprocess(path_inside(folder, row["image"])))
                 kept.append(row)
             except (OSError, ValueError) as error:
                 logger.warning("set aside %s: %s", row["image"], error)

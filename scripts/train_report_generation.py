@@ -30,6 +30,7 @@ import medclip_hf  # noqa: F401 - makes the Auto classes know the models
 from medclip_hf.data.image_reports import read_studies
 from medclip_hf.data.parquet import write_text_atomically
 from medclip_hf.data.reports.decomposition import anatomy_caption
+from medclip_hf.evaluation.encoders import check_model_place
 from medclip_hf.evaluation.report_generation import anatomy_labeller, clinical_figures, write_reports
 from medclip_hf.evaluation.text_metrics import METRICS, text_figures
 from medclip_hf.modeling.conceptclip import ConceptCLIPModel
@@ -161,7 +162,7 @@ def run(recipe: dict[str, Any], sections: dict[str, Any], resume: bool | Path, a
     section, data, arguments = sections["model"], sections["data"], sections["training"]
     set_seed(arguments.seed)
     is_ct = section.kind == "ct"
-    tower: Any = (FVLMModel if is_ct else ConceptCLIPModel).from_pretrained(section.from_pretrained)
+    tower, image_processor = load_tower(section)
     splits = {
         split: read_scans(data, split, tower, arguments.seed) if is_ct else read_images(data.folder, split)
         for split in (data.train_split, data.validation_split, data.test_split)
@@ -170,7 +171,6 @@ def run(recipe: dict[str, Any], sections: dict[str, Any], resume: bool | Path, a
     language_model, tokenizer = build_language_model(section, splits[data.train_split].reports.values())
     model = assemble(section, tower, language_model)
     processor_class: Any = FVLMProcessor if is_ct else ConceptCLIPProcessor
-    image_processor = processor_class.from_pretrained(section.from_pretrained).image_processor
     processor = processor_class(image_processor, tokenizer)
     collator_class: Any = ScanReportCollator if is_ct else StudyCollator
     collator = collator_class(processor, model.config.prompt, data.max_length)
@@ -220,6 +220,23 @@ def run(recipe: dict[str, Any], sections: dict[str, Any], resume: bool | Path, a
     write_test(Path(arguments.output_dir), splits[data.test_split], reports, figures)
     values = {f"test_{name}": interval["value"] for name, interval in figures["text"]["figures"].items()}
     return replace(result, metrics={**result.metrics, **values})
+
+
+def load_tower(section: ModelSection) -> tuple[Any, Any]:
+    """The pre-trained model and its image processor.
+
+    Raises:
+        ValueError: there is none of that name, or it lacks a file.
+    """
+    check_model_place(section.from_pretrained)
+    is_ct = section.kind == "ct"
+    model_class: Any = FVLMModel if is_ct else ConceptCLIPModel
+    processor_class: Any = FVLMProcessor if is_ct else ConceptCLIPProcessor
+    try:
+        processor = processor_class.from_pretrained(section.from_pretrained)
+        return model_class.from_pretrained(section.from_pretrained), processor.image_processor
+    except OSError as error:
+        raise ValueError(f"model.from_pretrained={section.from_pretrained} cannot be loaded: {error}") from error
 
 
 def read_images(folder: str, split: str) -> Split:

@@ -26,6 +26,7 @@ from accelerate.utils import gather_object, set_seed
 from medclip_hf.data.parquet import write_text_atomically
 from medclip_hf.data.question_answers import QuestionRow, build_answers, read_answers, read_questions, write_answers
 from medclip_hf.data.stages import Drop
+from medclip_hf.evaluation.encoders import check_model_place
 from medclip_hf.evaluation.vqa import Answer, QuestionFigures, answer_questions, question_figures
 from medclip_hf.modeling.conceptclip.visual_question_answering_conceptclip import ConceptCLIPForVisualQuestionAnswering
 from medclip_hf.processing.conceptclip import ConceptCLIPProcessor
@@ -97,11 +98,15 @@ def run(recipe: dict[str, Any], sections: dict[str, Any], resume: bool | Path, a
 
     set_seed(arguments.seed)
     cross_modal = {"cross_modal_config": section.cross_modal_config} if section.cross_modal_config else {}
-    model = ConceptCLIPForVisualQuestionAnswering.from_conceptclip(section.from_pretrained, answers, **cross_modal)
+    check_model_place(section.from_pretrained)
+    try:
+        model = ConceptCLIPForVisualQuestionAnswering.from_conceptclip(section.from_pretrained, answers, **cross_modal)
+        processor = ConceptCLIPProcessor.from_pretrained(section.from_pretrained)
+    except OSError as error:
+        raise ValueError(f"model.from_pretrained={section.from_pretrained} cannot be loaded: {error}") from error
     if section.freeze_towers:
         model.vision_model.requires_grad_(False)
         model.text_model.requires_grad_(False)
-    processor = ConceptCLIPProcessor.from_pretrained(section.from_pretrained)
 
     def ask(asked: Any, split: str) -> tuple[list[Answer], QuestionFigures]:
         """Answers and figures of a split, each process answering its share."""

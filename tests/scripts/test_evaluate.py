@@ -179,6 +179,36 @@ def test_a_model_of_the_hub_that_cannot_be_reached_is_one_sentence_and_no_minute
     assert "the Hub could not give it" in capsys.readouterr().err
 
 
+def test_a_probe_of_a_task_takes_the_embeddings_of_its_evaluation(script, place, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "shades"
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for k in range(48):
+        name, split = list(COLOURS)[k % 2], ("train", "val", "test")[k // 2 % 3]
+        Image.new("RGB", (SIDE, SIDE), tuple(value + k for value in COLOURS[name])).save(folder / "images" / f"{k}.png")
+        rows.append([f"{k}.png", name, split, f"patient {k}"])
+    with (folder / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["path", "label", "split", "patient"], *rows])
+    (folder / "task.json").write_text(json.dumps({"task_type": "zero_shot_classification"}))
+    named = ["--model", str(place / "models" / "ours"), "--task", str(folder / "task.json"), "--data", str(folder)]
+    cache = tmp_path / "results" / "embeddings"
+    common = ["--output", str(tmp_path / "results"), "--score", "global", "--num-resamples", "20", "--device", "cpu"]
+    assert script.main([*named, *common]) == 0
+    (of_test,) = cache.glob("*/images-00000.safetensors")
+    before = of_test.stat().st_mtime_ns
+    probe, output = load_script("linear_probe"), tmp_path / "probe.json"
+    options = ["--cache", str(cache), "--output", str(output), "--resamples", "20", "--fractions", "1"]
+    assert probe.main([*named, *options]) == 0
+    assert of_test.stat().st_mtime_ns == before
+    assert len(list(cache.glob("*/images-00000.safetensors"))) == 3
+    record = json.loads(output.read_text())
+    assert record["data"]["splits"]["test"] == {"samples": 16, "patients": 16}
+    assert record["figures"]["1.0"]["auroc"]["mean"]["value"] == 1.0
+    assert probe.main([*named, *options, "--label", "class"]) == 2
+    assert probe.main(["--model", "x", *options]) == 2
+    assert "a task has its own labels" in capsys.readouterr().err
+
+
 def test_the_benchmark_table_is_printed(script, capsys):
     assert script.main(["--list"]) == 0
     printed = capsys.readouterr().out

@@ -76,7 +76,7 @@ def test_it_writes_weights_as_text_and_figures_beside_the_probes(script, place, 
     ("table", "reason"),
     [
         ("image,label,split\na.png,x,train\n", "rows of each split"),
-        ("image,label,split\na.png,x,dev\nb.png,x,test\nc.png,x,train\n", "dev"),
+        ("image,label,split\na.png,x,devel\nb.png,x,test\nc.png,x,train\n", "devel"),
         ("image,label\na.png,x\n", "columns image, label and split"),
         ("image,label,split\na.png,x,train\na.png,x,test\nb.png,x,validation\n", "an image twice"),
         ("image,label,split,patient\na.png,x,train,1\nb.png,x,test,1\nc.png,x,validation,2\n", "in two splits"),

@@ -4,8 +4,10 @@ Galleries of any size: similarities are computed block by block and only counted
 memory does not grow with images × texts.
 """
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor
 from medclip_hf.evaluation.intervals import Interval, mean_with_interval
 
 TIE_TOLERANCE = 1e-6  # of a cosine: what a matrix product leaves between equal rows in float32
-_CHUNK_SIZE = 2048  # rows and columns of a block: 16 MB of float32
+_CHUNK_SIZE = 1024  # rows and columns of a block: 4 MB of float32, which stay near the processor
+_BYTE_SUM = 128  # comparisons that are summed in one byte
 
 
 @dataclass(frozen=True)
@@ -153,17 +156,30 @@ class _Rivals:
     above: Tensor
     level: Tensor
 
-    def add(self, queries: slice, similarity: Tensor, best: Tensor) -> None:
-        """Count a block (queries, part of the gallery), partners being −inf in it."""
-        reached = similarity.amax(dim=1) >= best - TIE_TOLERANCE
-        if not reached.any():
-            return
-        # The rows that no rival reaches, most of them for a good model, are not counted.
-        rows, limits = (similarity, best) if reached.all() else (similarity[reached], best[reached])
-        above = (rows > limits[:, None] + TIE_TOLERANCE).sum(dim=1, dtype=torch.int32)
-        at_least = (rows >= limits[:, None] - TIE_TOLERANCE).sum(dim=1, dtype=torch.int32)
-        self.above[queries][reached] += above.to(self.above)
-        self.level[queries][reached] += (at_least - above).to(self.level)
+    def add(self, queries: slice, similarity: Tensor, best: Tensor, gallery_dim: int = 1) -> None:
+        """Count a block of queries and of the gallery, which lies along `gallery_dim`; partners are −inf in it."""
+        limits = best.unsqueeze(gallery_dim)
+        at_least = _count(operator.ge, similarity, limits - TIE_TOLERANCE, gallery_dim)
+        if not at_least.any():
+            return  # no rival reaches any of them, as in most blocks of a good model
+        above = _count(operator.gt, similarity, limits + TIE_TOLERANCE, gallery_dim)
+        self.above[queries] += above
+        self.level[queries] += at_least - above
+
+
+def _count(compare: Callable[[Any, Any], Any], similarity: Tensor, limits: Tensor, dim: int) -> Tensor:
+    """How many similarities stand so to their limits along a dimension, int32.
+
+    On a CPU numpy compares in a third of torch's time; and sums in bytes first are many times as fast as sums of bool.
+    """
+    if similarity.device.type == "cpu":
+        mask = torch.from_numpy(compare(similarity.numpy(), limits.numpy()))
+    else:
+        mask = compare(similarity, limits)
+    whole = mask.shape[dim] // _BYTE_SUM
+    head, rest = mask.view(torch.uint8).split([whole * _BYTE_SUM, mask.shape[dim] - whole * _BYTE_SUM], dim)
+    in_bytes = head.unflatten(dim, (whole, _BYTE_SUM)).sum(dim + 1, dtype=torch.uint8)
+    return in_bytes.sum(dim, dtype=torch.int32) + rest.sum(dim, dtype=torch.int32)
 
 
 def _count_rivals(
@@ -179,7 +195,7 @@ def _count_rivals(
             is_inside = (owners >= rows.start) & (owners < rows.stop)
             similarity[owners[is_inside] - rows.start, is_inside.nonzero()[:, 0]] = -torch.inf
             for_images.add(rows, similarity, best[rows])
-            for_texts.add(columns, similarity.T, of_pairs[columns])
+            for_texts.add(columns, similarity, of_pairs[columns], gallery_dim=0)
     return for_images, for_texts
 
 
