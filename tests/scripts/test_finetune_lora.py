@@ -211,13 +211,15 @@ def test_adapter_and_merged_model_are_equal_in_a_new_process(scripts, adapter, c
     assert child.returncode == 0, child.stderr
 
 
-def test_merging_refuses_another_base_and_a_folder_in_use(scripts, adapter, conceptclip, tmp_path, capsys):
+def test_merging_refuses_another_base_and_a_folder_in_use(scripts, adapter, conceptclip, fvlm, tmp_path, capsys):
     other = tmp_path / "other"
     torch.manual_seed(9)
     ConceptCLIPModel(ConceptCLIPConfig.from_pretrained(conceptclip)).save_pretrained(other)
     options = ["--adapter", str(adapter / "final"), "--output", str(tmp_path / "merged")]
     assert scripts["merge_adapter"].main([*options, "--base", str(other)]) == 2
     assert "other weights" in capsys.readouterr().err
+    assert scripts["merge_adapter"].main([*options, "--base", str(fvlm)]) == 2
+    assert "is for a conceptclip model" in capsys.readouterr().err
     assert scripts["merge_adapter"].main([*options[:3], str(other)]) == 2
     assert "--force" in capsys.readouterr().err
 

@@ -296,12 +296,12 @@ def test_burned_in_text_sets_a_picture_aside_or_is_masked(tmp_path, capfd):
     folder.mkdir()
     image.save(folder / "a.png")
     Image.fromarray((film(2, 400) // 16).astype(np.uint8)).save(folder / "b.png")
-    Image.fromarray((film(3, 400) // 16).astype(np.uint8)).save(folder / "c.png")
     table = folder / "t.csv"
-    table.write_text("file,pid,name,report\n" + "".join(f"{n}.png,{n},,clear\n" for n in "abc"))
+    table.write_text("file,pid,name,report\n" + "".join(f"{n}.png,{n},,clear\n" for n in "ab"))
     done = run_here(capfd, table, tmp_path / "o", tmp_path / "k", "--shares", "1", "0", "0")
     assert done.returncode == 0, done.stderr
     assert "1 set aside: text burned into the picture" in done.stdout
+    table.write_text("file,pid,name,report\na.png,a,,clear\n")  # Tesseract takes seconds a picture
     done = run_here(capfd, table, tmp_path / "m", tmp_path / "k", "--shares", "1", "0", "0", "--burned-in", "mask")
     assert json.loads((tmp_path / "m" / "dataset.json").read_text())["report"]["pictures_masked"] == 1
     assert leaks(done.stdout + done.stderr) == []

@@ -137,22 +137,24 @@ class LabelledScanDataset(ScanDataset):
         random_crop: bool = True,
         flip_probability: tuple[float, float, float] = (PUBLISHED_FLIP_PROBABILITY,) * 3,
     ) -> None:
-        # Not the base's __init__: it takes studies with a report alone.
-        self.folder = Path(folder)
-        self.anatomies = tuple(anatomies)
-        depth, height, width = size_dhw
-        self.size_dhw = (depth, height, width)
-        self.seed = seed
-        self.random_crop = random_crop
-        self.flip_probability = flip_probability
-        self.whole_volume = False
         self.classes = tuple(classes)
-        self._studies = _studies_with_labels(read_scan_rows(self.folder, split), self.classes, self.folder, split)
-        self.contract = self._check_store()
+        super().__init__(
+            folder,
+            split,
+            anatomies=anatomies,
+            size_dhw=size_dhw,
+            seed=seed,
+            random_crop=random_crop,
+            flip_probability=flip_probability,
+        )
         firsts = [scans[0] for scans in self._studies]
         self.row_ids = [row.scan_id for row in firsts]
         self.patient_ids = [row.patient_id for row in firsts]
         self.labels = label_matrix([row.labels for row in firsts], self.classes)
+
+    def _read_studies(self, split: str) -> list[tuple[ScanRow, ...]]:
+        """Studies with a label, whether or not they have a report."""
+        return _studies_with_labels(read_scan_rows(self.folder, split), self.classes, self.folder, split)
 
     def first_scans(self) -> list[ScanRow]:
         """The first reconstruction of each study, in the order of the rows."""

@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from medclip_hf.modeling.conceptclip import ConceptCLIPModel
@@ -281,9 +282,14 @@ def load_base(base: str, facts: BaseFacts, *, dtype: Any = torch.float32) -> Any
     """
     model_class: Any = MODEL_CLASSES[facts.model_class]
     try:
-        config = model_class.config_class.from_pretrained(base)
-    except OSError as error:
+        config = AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
         raise ValueError(f"the base {base} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(config, model_class.config_class):
+        raise ValueError(
+            f"the adapter is for a {model_class.config_class.model_type} model, but {base} is a {config.model_type}. "
+            "Name the base that it was trained on."
+        )
     if facts.head is not None:
         module = fvlm_head if facts.model_class.startswith("FVLM") else conceptclip_head
         config = module.config_with_head(config, facts.head)
@@ -302,6 +308,8 @@ def load_pretrained(model_class: Any, base: str, config: Any, *, dtype: Any = to
         loaded = model_class.from_pretrained(base, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the base {base} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    except RuntimeError as error:  # transformers' own words speak of an argument that nobody gave
+        raise ValueError(f"the weights of the base {base} do not fit its configuration. Get a whole copy.") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     model, info = loaded

@@ -107,8 +107,12 @@ class ScanDataset:
                 f"whole_volume compares one vector a scan, but the model has the anatomies {self.anatomies}. Give it "
                 "one, such as ('body',)."
             )
-        self._studies = _studies_with_texts(read_scan_rows(self.folder, split), self.folder, split)
+        self._studies = self._read_studies(split)
         self.contract = self._check_store()
+
+    def _read_studies(self, split: str) -> list[tuple[ScanRow, ...]]:
+        """The scans of each study that this data set is about."""
+        return _studies_with_texts(read_scan_rows(self.folder, split), self.folder, split)
 
     def __len__(self) -> int:
         return len(self._studies)
