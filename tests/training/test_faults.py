@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +19,7 @@ from medclip_hf.training.faults import EXIT_CODE, LostProcessError, Watch, is_co
 from medclip_hf.training.processes import meet
 
 COMMON = {"max_steps": 8, "batch_size_per_process": 4, "learning_rate": 1e-2, "checkpoint_every": 2, "log_every": 1}
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 TINY_TRAINING = Path(__file__).parent / "tiny_training.py"
 
 
@@ -92,6 +95,48 @@ def test_eight_processes_train_what_one_process_trains(start_tiny, tmp_path):
         assert not any(codes), text
     weights = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "eight")]
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_with_a_nan_names_the_row_of_whichever_process_read_it(start_tiny, tmp_path):
+    """The main process's log is the one that is read."""
+    arguments = COMMON | {"output_dir": str(tmp_path), "batch_size_per_process": 12, "max_steps": 1}
+    run = start_tiny(arguments, "--with_nan", num_processes=2)
+    codes, _ = run.wait()
+    assert all(codes)
+    for output in run.outputs:
+        assert "Inputs with NaN or infinity: ['row-13']" in output.read_text()
+
+
+def test_ranks_killed_at_random_moments_leave_a_run_that_continues_with_the_same_bits(start_tiny, tmp_path):
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    moments = random.Random(1)
+    for kill in range(2):
+        run = start_tiny(
+            COMMON | {"output_dir": str(broken)},
+            "--resume",
+            "--step_seconds",
+            "0.2",
+            "--beat_seconds",
+            "0.2",
+            num_processes=2,
+            environment=SHARDED,
+        )
+        run.wait_until(lambda kill=kill: num_starts(broken) > kill)
+        time.sleep(moments.uniform(0.1, 1.0))
+        run.send_signal(moments.randrange(2), signal.SIGKILL)
+        assert all(run.wait()[0])
+    for folder in (broken, whole):
+        codes, text = start_tiny(
+            COMMON | {"output_dir": str(folder)}, "--resume", num_processes=2, environment=SHARDED
+        ).wait()
+        assert codes == [0, 0], text
+    weights, expected = (load_file(folder / "final" / "model.safetensors") for folder in (broken, whole))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def num_starts(folder):
+    path = folder / "run.json"
+    return len(json.loads(path.read_text())["starts"]) if path.exists() else 0
 
 
 def test_more_processes_than_rows_are_refused(start_tiny, tmp_path):

@@ -170,6 +170,7 @@ def main():
     parser.add_argument("--fault_done", type=Path)
     parser.add_argument("--beat_seconds", type=float)
     parser.add_argument("--full_disk_from", type=int)
+    parser.add_argument("--with_nan", action="store_true")
     options = parser.parse_args()
 
     objective = Matching()
@@ -190,7 +191,7 @@ def main():
         model.dropout.p = 0.0
     result = train(
         model,
-        Numbers(),
+        Numbers(with_nan=options.with_nan),
         collate_without_row_5,
         objective,
         arguments,
