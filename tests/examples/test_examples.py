@@ -1,6 +1,8 @@
 """The three examples run from end to end, on small models that have learned nothing."""
 
 import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -99,7 +101,20 @@ def test_a_mistake_of_the_caller_is_one_sentence(repository, conceptclip, fvlm, 
     assert sentence in capsys.readouterr().err
 
 
-def test_lora_trains_an_adapter_and_loads_it_by_its_folder(repository, conceptclip, tmp_path, capsys):
+def run_python_here(monkeypatch):
+    """Scripts that an example starts as a process of their own run in this one: it has everything imported."""
+    start = subprocess.run
+
+    def run_here(command, **options):
+        if command[0] != sys.executable:
+            return start(command, **options)
+        return subprocess.CompletedProcess(command, runpy.run_path(command[1])["main"](command[2:]))
+
+    monkeypatch.setattr(subprocess, "run", run_here)
+
+
+def test_lora_trains_an_adapter_and_loads_it_by_its_folder(repository, conceptclip, tmp_path, capsys, monkeypatch):
+    run_python_here(monkeypatch)
     words = ("--output", tmp_path / "out", "--num-train", 64, "--num-test", 40, "--steps", 1)
     assert run(repository, "lora.py", "--model", conceptclip, *words) == 0
     printed = capsys.readouterr().out

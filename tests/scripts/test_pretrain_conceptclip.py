@@ -101,6 +101,7 @@ def stage_1(script, tiny_recipe, figures, tmp_path_factory):
 
 def test_stage_1_leaves_a_model_and_processor_that_the_auto_classes_load(stage_1):
     model, processor = (kind.from_pretrained(stage_1 / "final") for kind in (AutoModel, AutoProcessor))
+    assert (stage_1 / "final" / "pipeline_concept_annotation.py").is_file()
     inputs = processor(images=Image.new("L", (30, 30)), text=["a bright nodule", "a dark cyst"])
     assert model(**inputs).logits_per_image.shape == (1, 2)
     assert not model.config.use_patch_concept_alignment

@@ -100,6 +100,8 @@ def first_run(script, prepared, tmp_path_factory):
 
 def test_it_leaves_a_model_and_processor_that_the_auto_classes_load(first_run):
     model, processor = (kind.from_pretrained(first_run / "final") for kind in (AutoModel, AutoProcessor))
+    assert "ct-feature-extraction" in json.loads((first_run / "final" / "config.json").read_text())["custom_pipelines"]
+    assert (first_run / "final" / "pipeline_ct.py").is_file()
     assert model.config.anatomies == ("lung", "heart", "esophagus", "aorta")
     assert processor.image_processor.spacing_mm_dhw == list(SPACING_MM)
     assert processor.image_processor.size_dhw == [28, 24, 24]

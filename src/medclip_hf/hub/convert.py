@@ -252,7 +252,10 @@ def build_processor(config: Any, tokenizer: str | Path | None) -> ConceptCLIPPro
             "there is no tokenizer beside the checkpoint: name the folder or repository of the text tower's with "
             f"--tokenizer. The published weights use {PUBLISHED_TOKENIZERS[config.model_type]}."
         )
-    words = read_bert_tokenizer(tokenizer)
+    try:
+        words = read_bert_tokenizer(tokenizer)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{tokenizer} holds no tokenizer of BERT that can be read: {error}") from error
     num_rows = config.text_config.vocab_size
     if not num_rows * (1 - _MAX_UNKNOWN_SHARE) <= len(words) <= num_rows:
         raise ValueError(
@@ -274,12 +277,9 @@ def read_bert_tokenizer(name: str | Path) -> BertTokenizer:
     """The tokenizer of a folder or repository, read as BERT's: that of CXR-BERT brings code, which is not run.
 
     Raises:
-        ValueError: there is none.
+        OSError: there is none.
     """
-    try:
-        words = BertTokenizer.from_pretrained(name)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{name} holds no tokenizer of BERT that can be read: {error}") from error
+    words = BertTokenizer.from_pretrained(name)
     words.init_kwargs.pop("auto_map", None)  # it would be saved, and name code that does not travel along
     return words
 
