@@ -26,7 +26,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
-    MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
 )
@@ -64,8 +63,7 @@ def shard(model: Any, accelerator: Accelerator) -> Any:
 
     Args:
         model: with the same weights on every process.
-        accelerator: of the run. Under bf16 blocks are gathered in bf16 and gradients summed in float32, as autocast
-            without shards has it.
+        accelerator: of the run. Under bf16 blocks compute by autocast, as without shards; weights travel in float32.
     """
     if accelerator.num_processes == 1:
         return accelerator.prepare_model(model.to(accelerator.device), evaluation_mode=True)
@@ -73,11 +71,8 @@ def shard(model: Any, accelerator: Accelerator) -> Any:
     offload = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
     common: dict[str, Any] = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
     reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
-    of_blocks = MixedPrecisionPolicy()
-    if accelerator.mixed_precision == "bf16":
-        of_blocks = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in (block for tower in towers_of(model) for block in tower):
-        fully_shard(block, reshard_after_forward=reshard, mp_policy=of_blocks, **common)
+        fully_shard(block, reshard_after_forward=reshard, **common)
     fully_shard(model, **common)
     return accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
