@@ -7,14 +7,10 @@ from mkdocs.structure.files import File, Files
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "medclip_hf"
 FOLDER = "api"
-SPEED_PAGE = "speed.md"  # written where benchmarks/ ran on a GPU
 
 
 def on_config(config: Any) -> Any:
-    """Add the pages to the navigation, after all that is written by hand; and the page of speed, where there is one."""
-    if (Path(config.docs_dir) / SPEED_PAGE).is_file():
-        measuring = next(section["Measuring"] for section in config.nav if "Measuring" in section)
-        measuring.append({"Speed": SPEED_PAGE})
+    """Add the pages to the navigation, after all that is written by hand."""
     pages = [{name: f"{FOLDER}/{name}.md"} for name in packages()]
     config.nav.append({"API": pages})
     return config
