@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/cost_model.py
 
-First part: CPU seconds over batch, concepts, anatomies, volume size and rows, each with the others fixed. A straight line
-through the smallest and the largest value (for the volume: operations of its tokens, as `step_models.fvlm_flops` counts
-them) foretells the one between; how far off it is, is printed. Second part: nothing measured. Operations and bytes of a
-step at the published size, with the assumed machine printed beside them, give time and traffic by the number of GPUs.
+First part: CPU seconds over batch, concepts, anatomies, volume size and rows, each with the others fixed. A straight
+line through the smallest and the largest value (for the volume: operations of its tokens, as `step_models.fvlm_flops`
+counts them) foretells the one between; how far off it is, is printed. Second part: nothing measured. Operations and
+bytes of a step at the published size, with the assumed machine printed beside them, give time and traffic by the number
+of GPUs.
 """
 
 import argparse

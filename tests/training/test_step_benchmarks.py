@@ -64,3 +64,22 @@ def test_operations_of_a_tower_are_those_of_its_matrix_products(benchmark):
     models = benchmark("step_models")
     # one token, one layer of width 1 and inner width 1: six products of weights, two of attention, two operations each
     assert models.transformer_flops(1, 1, 1, 1) == 16
+
+
+def test_gradient_caching_is_measured_beside_equal_gradients(benchmark):
+    found = benchmark("gradient_caching").measure(rows=8, size="tiny", micro_batches=3, compare=True)
+    assert found["difference"] < 1e-5
+    assert found["mebibytes"] >= 0
+
+
+def test_the_losses_are_told_to_grow_with_the_gpus_and_the_towers_are_not(benchmark, capsys):
+    script = benchmark("cost_model")
+    script.foretell(script.Machine(), 256, 8)
+    lines = {
+        int(line.split()[0]): line.split()
+        for line in capsys.readouterr().out.splitlines()
+        if line[:6].strip().isdigit()
+    }
+    search = {gpus: float(line[5]) for gpus, line in lines.items()}
+    assert search[512] == pytest.approx(64 * search[8], rel=0.05)
+    assert lines[48][1] == "12288"  # the published global batch
