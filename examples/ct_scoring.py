@@ -8,7 +8,6 @@ Without --scan the CT of a drawn patient with known findings is written to disk 
 TotalSegmentator's, on the scan's grid.
 """
 
-
 import argparse
 import math
 import sys

@@ -8,7 +8,6 @@ Draws figures of the "new hospital" (inverted grey values), trains a LoRA adapte
 on figures that neither has seen: zero-shot AUC with 95 % bootstrap intervals.
 """
 
-
 import argparse
 import io
 import subprocess

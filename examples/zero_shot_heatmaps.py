@@ -7,7 +7,6 @@ r"""Which finding is in a picture, and where: zero-shot scores and one heatmap f
 Without --image a figure is drawn whose findings are known, and their true regions are outlined.
 """
 
-
 import argparse
 import sys
 from pathlib import Path

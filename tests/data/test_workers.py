@@ -80,13 +80,13 @@ def test_workers_leave_with_a_parent_that_is_killed(tmp_path):
 
     parent = multiprocessing.get_context("spawn").Process(target=_run_sleepers, args=(tmp_path,))
     parent.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180  # the imports of two processes on a busy machine
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.1)
     (worker,) = [int(path.name) for path in tmp_path.iterdir()]
     os.kill(parent.pid, signal.SIGKILL)
     parent.join()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while os.path.exists(f"/proc/{worker}/status") and time.monotonic() < deadline:  # noqa: PTH110
         time.sleep(0.1)
     assert not os.path.exists(f"/proc/{worker}/status")  # noqa: PTH110

@@ -69,7 +69,7 @@ def build_conceptclip(
         model = load_for_stage(section.from_pretrained, stage)
         processor = ConceptCLIPProcessor.from_pretrained(section.from_pretrained)
         if section.tokenizer is not None:
-            processor.tokenizer = AutoTokenizer.from_pretrained(section.tokenizer)
+            processor.tokenizer = _read_tokenizer(section.tokenizer)
     else:
         tokenizer = _load_or_learn_tokenizer(section, captions, max_length)
         model = _assemble_model(section, stage, tokenizer)
@@ -110,13 +110,19 @@ def _holds_stage_1(folder: str) -> bool:
     return not ConceptCLIPConfig.from_pretrained(folder).use_patch_concept_alignment
 
 
+def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or repository; code that it brings is not run, nor asked about."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    return tokenizer
+
+
 def _load_or_learn_tokenizer(
     section: ModelSection, captions: Iterable[str], max_length: int
 ) -> PreTrainedTokenizerBase:
     """The tokenizer named, that of the text tower, or one learned from the captions (the same in every process)."""
     source = section.tokenizer or section.text_tower
     if source is not None:
-        return AutoTokenizer.from_pretrained(source)
+        return _read_tokenizer(source)
     logger.info("learning a tokenizer from the captions")
     return train_wordpiece_tokenizer(
         islice(captions, MAX_TOKENIZER_CAPTIONS), section.vocab_size, max_length=max_length

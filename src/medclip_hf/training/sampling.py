@@ -93,7 +93,8 @@ def steps_per_epoch(num_rows: int, batch_size: int, num_processes: int) -> int:
     if steps == 0:
         raise ValueError(
             f"the training split has {num_rows} rows, but one global batch takes {batch_size * num_processes} "
-            f"({batch_size} × {num_processes} processes). Lower training.batch_size_per_process."
+            f"({batch_size} × {num_processes} processes). Lower "
+            "training.batch_size_per_process, or start fewer processes."
         )
     return steps
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from medclip_hf.data.engine import data_card
 from medclip_hf.data.engine.data_card import DistinctCount, contact_sheet, summarise, write_data_card
+from medclip_hf.data.engine.settings import EngineSettings, OutputSettings, SourceSettings
 from medclip_hf.data.parquet import write_figure_rows
 from medclip_hf.data.records import ConceptMention, FigureRow
 
@@ -53,7 +54,8 @@ def test_the_header_tells_the_hub_which_files_are_which_split(folder):
 
 
 def test_paths_of_the_machine_stay_at_home(folder):
-    write_data_card(folder, "t", REPORT, {"source": {"path": "/home/me/articles", "kind": "folder"}})
+    settings = EngineSettings(SourceSettings("folder", "/home/me/articles"), OutputSettings("/home/me/out"))
+    write_data_card(folder, "t", REPORT, settings.published())
     for name in ("README.md", "data_card.html"):
         text = (folder / name).read_text()
         assert "/home/me" not in text

@@ -150,7 +150,7 @@ class ConceptCLIPModel(PreTrainedModel):
         vision = _load_complete(SiglipVisionModel, vision_path)
         text = _load_complete(BertModel, text_path, add_pooling_layer=False)
         config = ConceptCLIPConfig(
-            vision_config=vision.config.to_dict(), text_config=text.config.to_dict(), **config_kwargs
+            vision_config=_portable(vision.config), text_config=_portable(text.config), **config_kwargs
         )
         model = cls(config)
         model.vision_model.load_state_dict(vision.state_dict())
@@ -551,6 +551,12 @@ def _masked_mean(hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
     num_real = is_real.sum(dim=1).clamp(min=1)
     # A product with 0 would keep what an attention kernel leaves at padding, NaN included.
     return hidden_states.masked_fill(~is_real, 0.0).sum(dim=1) / num_real
+
+
+def _portable(config: Any) -> dict[str, Any]:
+    """A tower's configuration without what tells where it lay and whose code it had."""
+    foreign = ("_name_or_path", "architectures", "auto_map", "transformers_version")
+    return {name: value for name, value in config.to_dict().items() if name not in foreign}
 
 
 def _normalize_exactly(embeds: Tensor) -> Tensor:
