@@ -143,20 +143,24 @@ def measure_scaling(arguments: argparse.Namespace) -> None:
         table = write_source(Path(folder), arguments.figures)
         print(f"{arguments.figures:,} figures; load of the machine before: {os.getloadavg()[0]:.1f}")
         print(
-            f"{'workers':>8}{'wall s':>9}{'figures/s':>11}{'efficiency':>12}{'CPU s':>8}{'CPU efficiency':>16}"
-            f"{'of the machine alone':>22}"
+            f"{'workers':>8}{'wall s':>9}{'start s':>9}{'figures/s':>11}{'efficiency':>12}{'without start':>15}"
+            f"{'CPU efficiency':>16}{'of the machine alone':>22}"
         )
         alone = machine_rate(1)
-        first: tuple[float, float] | None = None
+        first: tuple[float, float, float] | None = None
         for workers in arguments.workers:
             output = Path(folder) / f"out{workers}"
+            runner = TimedRunner(workers, Path(folder) / "seconds")
             start = time.perf_counter()
-            report = build_medconcept(engine_settings(table, output), TimedRunner(workers, Path(folder) / "seconds"))
-            wall, cpu = time.perf_counter() - start, worker_seconds(Path(folder) / "seconds")
-            first = first or (wall * workers, cpu)
+            report = build_medconcept(engine_settings(table, output), runner)
+            wall, cpu = time.perf_counter() - start, worker_seconds(runner.notes)
+            running = wall - runner.start_seconds
+            first = first or (wall * workers, running * workers, cpu)
             print(
-                f"{workers:>8}{wall:>9.1f}{report.num_items / wall:>11.0f}{first[0] / (wall * workers):>12.2f}"
-                f"{cpu:>8.1f}{first[1] / cpu:>16.2f}{machine_rate(workers) / (workers * alone):>22.2f}"
+                f"{workers:>8}{wall:>9.1f}{runner.start_seconds:>9.1f}{report.num_items / wall:>11.0f}"
+                f"{first[0] / (wall * workers):>12.2f}{first[1] / (running * workers):>15.2f}{first[2] / cpu:>16.2f}"
+                f"{machine_rate(workers) / (workers * alone):>22.2f}",
+                flush=True,
             )
             shutil.rmtree(output)
 
@@ -166,7 +170,8 @@ def machine_rate(workers: int, seconds: float = 5.0) -> float:
 
     What the cores give: an engine cannot scale better than processes that know nothing of each other.
     """
-    with multiprocessing.get_context("forkserver").Pool(workers) as pool:
+    # Not by the fork server, which the engine starts with its own imports done.
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pool.map(count_pictures, [0.1] * workers, chunksize=1)  # imports and first calls
         return sum(pool.map(count_pictures, [seconds] * workers, chunksize=1)) / seconds
 
@@ -185,6 +190,7 @@ class TimedStep:
 
     def __init__(self, make_step: MakeStep, notes: Path) -> None:
         self.step, self.notes = make_step(), notes
+        notes.with_suffix(f".{os.getpid()}.ready").write_text(str(time.time()))
 
     def __call__(self, task: Task) -> TaskReport:
         """Do the task."""
@@ -200,14 +206,23 @@ class TimedStep:
 
 
 class TimedRunner:
-    """Processes whose tasks are timed."""
+    """Processes whose tasks are timed.
+
+    `start_seconds` is what passed, in all steps, until their first worker had its imports and models, which does not depend
+    on the number of figures.
+    """
 
     def __init__(self, num_workers: int, notes: Path) -> None:
-        self.runner, self.notes = ProcessRunner(num_workers), notes
+        self.runner, self.notes, self.start_seconds = ProcessRunner(num_workers), notes, 0.0
 
     def __call__(self, make_step: MakeStep, tasks: Sequence[Task]) -> Iterator[TaskReport]:
         """The reports of all tasks."""
-        return self.runner(partial(TimedStep, make_step, self.notes), tasks)
+        start = time.time()
+        yield from self.runner(partial(TimedStep, make_step, self.notes), tasks)
+        ready = list(self.notes.parent.glob(f"{self.notes.name}.*.ready"))
+        self.start_seconds += min(float(file.read_text()) for file in ready) - start
+        for file in ready:
+            file.unlink()
 
 
 def worker_seconds(notes: Path) -> float:

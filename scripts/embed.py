@@ -39,9 +39,9 @@ from medclip_hf.evaluation.ct_zero_shot import PUBLISHED_WINDOW_DHW
 from medclip_hf.evaluation.embedding_run import STORED_TYPES, PictureStep, RunOptions
 from medclip_hf.evaluation.embedding_sources import FigureShards, PictureFolder
 from medclip_hf.evaluation.embedding_store import EmbeddingStore
-from medclip_hf.evaluation.encoders import OPEN_CLIP_PREFIX, Encoder, load_encoder, make_encoder
+from medclip_hf.evaluation.encoders import OPEN_CLIP_PREFIX, Encoder, load_encoder, make_encoder, model_identity
 from medclip_hf.evaluation.quantization import quantize_linear_layers
-from medclip_hf.evaluation.scan_embedding_run import ScanStep, model_identity
+from medclip_hf.evaluation.scan_embedding_run import ScanStep
 from medclip_hf.modeling.fvlm import FVLMModel
 from medclip_hf.training.scan_datasets import read_stored_scan
 
@@ -192,7 +192,7 @@ def make_scan_step(options: argparse.Namespace, device: torch.device) -> ScanSte
     if not isinstance(model, FVLMModel):
         raise ValueError(f"--prepared holds CT scans, but {options.model} is a {type(model).__name__}, no fVLM.")
     source = PreparedScans(options.prepared, options.split, processor.image_processor)
-    identity = model_identity(model, processor)  # before int8, which hides the weights
+    identity = model_identity(model, processor, model.dtype)  # before int8, which hides the weights
     if options.dtype == "int8":
         quantize_linear_layers(model)
     how = run_options(options, BATCH_SIZE["scans"])

@@ -270,7 +270,7 @@ def _conceptclip_encoder(
 
     return Encoder(
         name=name,
-        identity=_identity(model, processor, dtype),
+        identity=model_identity(model, processor, dtype),
         device=device,
         dtype=dtype,
         logit_scale=float(model.logit_scale.detach().double().exp()),
@@ -302,7 +302,7 @@ def _transformers_encoder(model: Any, processor: Any, name: str, device: torch.d
 
     return Encoder(
         name=name,
-        identity=_identity(model, processor, dtype),
+        identity=model_identity(model, processor, dtype),
         device=device,
         dtype=dtype,
         logit_scale=_exponentiated(getattr(model, "logit_scale", None)),
@@ -392,7 +392,7 @@ def make_open_clip_encoder(
     )
 
 
-def _identity(model: PreTrainedModel, processor: Any, dtype: torch.dtype) -> str:
+def model_identity(model: PreTrainedModel, processor: Any, dtype: torch.dtype) -> str:
     """Hash of all that the embeddings depend on."""
     settings = _without_volatile([model.config.to_dict(), processor.image_processor.to_dict()])
     parts = [_INTERFACE_VERSION, type(model).__name__, str(dtype), settings, _words_of(processor.tokenizer)]

@@ -19,7 +19,6 @@ from medclip_hf.evaluation.ct_zero_shot import Size, cut_window, plan_windows
 from medclip_hf.evaluation.embedding_cache import encode_in_batches
 from medclip_hf.evaluation.embedding_run import RunOptions, as_stored
 from medclip_hf.evaluation.embedding_store import EmbeddingStore, Shard
-from medclip_hf.evaluation.encoders import _identity
 from medclip_hf.modeling.fvlm.modeling_fvlm import anatomy_token_mask
 
 logger = logging.getLogger(__name__)
@@ -111,11 +110,6 @@ class ScanStep:
             pin_memory=False,  # windows wait until their batch is full: pinned, they would fill the memory
             multiprocessing_context="fork" if workers else None,
         )
-
-
-def model_identity(model: Any, processor: Any) -> str:
-    """Hash of weights, configuration, preprocessing, tokenizer and precision, as encoders of pictures have it."""
-    return _identity(model, processor, model.dtype)
 
 
 class _ScanUnit:
