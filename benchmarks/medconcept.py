@@ -208,8 +208,8 @@ class TimedStep:
 class TimedRunner:
     """Processes whose tasks are timed.
 
-    `start_seconds` is what passed, in all steps, until their first worker had its imports and models, which does not depend
-    on the number of figures.
+    `start_seconds` is what passed, in all steps, until their first worker had its imports and models: the same for few
+    figures and for many.
     """
 
     def __init__(self, num_workers: int, notes: Path) -> None:
