@@ -1,6 +1,6 @@
 r"""LoRA, DoRA and a linear probe against full fine-tuning, on real images: cells in windows of blood smears (BCCD).
 
-    python benchmarks/hospital_bccd.py --data bccd --model demo_output/conceptclip/stage2/final --output /tmp/bccd
+    python benchmarks/hospital_bccd.py --data bccd --model demo_output/conceptclip/stage2/final --output bccd_results
 
 Windows are cut from the official training, validation and test photographs; the labels say which kinds of cells a
 window holds (by its boxes). BCCD does not name patients: a photograph stands for one, in the splits and in the

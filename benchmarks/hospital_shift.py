@@ -1,6 +1,6 @@
 r"""What a new hospital costs a CT model, and what an adapter wins back: base, LoRA and full fine-tuning on torsos.
 
-    python benchmarks/hospital_shift.py --model demo_output/fvlm/per_anatomy_calibrated/final --output /tmp/shift
+    python benchmarks/hospital_shift.py --model demo_output/fvlm/per_anatomy_calibrated/final --output shift_results
 
 The base is the fVLM of scripts/demo_fvlm.py. The new hospital has other noise, other spacing and other words in its
 reports (`data.phantoms.other_hospital`); its patients are split into training, validation and test. Everything is

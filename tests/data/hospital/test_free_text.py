@@ -147,3 +147,8 @@ def test_initials_behind_a_title_and_written_out_mail_addresses_go():
 def test_initials_of_a_name_do_not_take_medical_abbreviations_along():
     text = "CT and MRI at L.5, T.V. not seen, size 12.05. No change."
     assert TextDeidentifier(use_presidio=False)(text, ["Thomas^Carl", "Meyer^Rosa^Ina"]).text == text
+
+
+def test_a_name_of_two_letters_goes_where_it_is_written_as_one():
+    cleaned = TextDeidentifier(use_presidio=False)("Seen with Li today, the LI joint intact.", ["Li^Wei"]).text
+    assert cleaned == "Seen with [NAME] today, the LI joint intact."

@@ -178,7 +178,7 @@ _RULES = (
 # Words that are names of some and everyday language in reports: in small letters they are left alone.
 _EVERYDAY = WORDS["everyday"]
 _NOT_NAMES = WORDS["not_names"]
-_MIN_LONE_NAME = 3  # letters; shorter parts of a name are replaced beside another part only
+_MIN_LONE_NAME = 3  # letters; shorter parts of a name are replaced beside another part, or with one capital
 _MIN_NUMBER = 4  # letters and digits; shorter numbers are in every measurement
 _MIN_DIGITS = 5  # of a number whose letters are left out: "MRN-12345" as "12345"
 _MIN_CASELESS = 2  # characters of a name in a script without capitals
@@ -325,11 +325,18 @@ def _spans_of_name(plain: str, text: str, places: list[int], parts: Sequence[str
         start, end = match.span()
         original = text[places[start] : places[end - 1] + 1]
         base = match[0] if match[0] in words else match[0].removesuffix("s")  # "Müllers Befund"
-        if base in words and (len(base) < _MIN_LONE_NAME or (base in _EVERYDAY and original.islower())):
+        if base in words and not _may_stand_alone(base, original):
             continue
         if match[0].isalpha() and base not in words and len(match[0]) < _MIN_RUN_TOGETHER:
             continue
         yield start, end, "NAME"
+
+
+def _may_stand_alone(base: str, original: str) -> bool:
+    """Whether a part of a name counts by itself: of two letters it has to be written as a name, "Li" and not "LI"."""
+    if len(base) < _MIN_LONE_NAME:
+        return len(base) > 1 and original[0].isupper() and original[1:].islower()
+    return not (base in _EVERYDAY and original.islower())
 
 
 def _spans_of_initials(plain: str, text: str, places: list[int], parts: Sequence[str]) -> Iterator[Span]:
