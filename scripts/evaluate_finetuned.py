@@ -174,6 +174,8 @@ def load(options: argparse.Namespace) -> Loaded:
             model = MODEL_CLASSES[class_name].from_pretrained(options.model, dtype=torch.float32)
         processor = AutoProcessor.from_pretrained(options.model)
     except OSError as error:
+        if Path(options.model).is_absolute() and not Path(options.model).exists():
+            raise ValueError(f"there is no folder {options.model}. Name the 'final' folder of a training.") from error
         raise ValueError(f"{options.model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     model = model.to(options.device).eval()
     config = model.config
