@@ -126,7 +126,7 @@ def test_mistakes_end_with_code_2_and_one_sentence(script, place, capsys):
     assert run(script, place, "--vocabulary", place / "none.jsonl") == 2
     assert "no vocabulary" in capsys.readouterr().err
     assert run(script, place, model="nowhere") == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err
     for picture in (place / "images").rglob("*.png"):
         picture.unlink()
     assert run(script, place) == 2
