@@ -272,8 +272,9 @@ def new_caption(rng: random.Random) -> str:
 
 
 def engine_settings(table: Path, output: Path) -> EngineSettings:
-    """The engine on a table."""
-    return EngineSettings(SourceSettings("table", str(table), items_per_unit=200), OutputSettings(str(output)))
+    """The engine on a table, in pieces so small that a few thousand figures are many tasks, as millions are."""
+    source = SourceSettings("table", str(table), items_per_unit=100)
+    return EngineSettings(source, OutputSettings(str(output), rows_per_shard=250))
 
 
 def write_source(folder: Path, count: int, size: int = 512) -> Path:
