@@ -11,6 +11,7 @@ from pydicom.uid import (  # noqa: E402
     CTImageStorage,
     EnhancedCTImageStorage,
     ExplicitVRLittleEndian,
+    RLELossless,
     SecondaryCaptureImageStorage,
     generate_uid,
 )
@@ -101,10 +102,14 @@ def test_a_multi_frame_file_is_the_series_it_replaces(tmp_path):
         frames.append(frame)
     enhanced.PerFrameFunctionalGroupsSequence, enhanced.NumberOfFrames = Sequence(frames), 4
     enhanced.PixelData = np.stack([stored(z) for z in order]).tobytes()
-    pydicom.dcmwrite(tmp_path / "enhanced.dcm", enhanced, enforce_file_format=True)
-    one, other = read_series(tmp_path / "enhanced.dcm"), read_series(series(tmp_path / "s"))
-    np.testing.assert_array_equal(one.values, other.values)
-    np.testing.assert_allclose(one.affine, other.affine)
+    other = read_series(series(tmp_path / "s"))
+    for name in ("enhanced.dcm", "compressed.dcm"):
+        pydicom.dcmwrite(tmp_path / name, enhanced, enforce_file_format=True)
+        one = read_series(tmp_path / name)
+        np.testing.assert_array_equal(one.values, other.values)
+        np.testing.assert_allclose(one.affine, other.affine)
+        if name == "enhanced.dcm":
+            enhanced.compress(RLELossless)
 
 
 def test_localizers_sheets_other_modalities_and_other_files_are_left_out(tmp_path):
@@ -152,6 +157,19 @@ def test_two_series_are_a_choice(tmp_path):
     np.testing.assert_array_equal(read_series(folder, ".5").values[0], stored(1).astype(int) - 1024)
     with pytest.raises(UnusableScan, match=r"no series ends in '\.6'"):
         read_series(folder, ".6")
+
+
+@pytest.mark.parametrize("name", ["colour", "electron_density", "drop_rescale", "drop_spacing"])
+def test_a_series_beside_it_that_is_no_volume_does_not_bar_the_one_chosen(tmp_path, name):
+    def second(slice_, z):
+        if z >= 4:
+            slice_.SeriesInstanceUID = "1.2.3.5"
+            globals()[name](slice_, z)
+
+    folder = series(tmp_path / "s", count=8, change=second)
+    assert read_series(folder, SERIES).values.shape == (4, 6, 8)
+    with pytest.raises(UnusableScan, match=r"1\.2\.3\.4 \(4 slices\); 1\.2\.3\.5 \(4 slices\)"):
+        read_series(folder)
 
 
 def drop_third(slice_, z):

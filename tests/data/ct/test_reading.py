@@ -142,6 +142,33 @@ def test_a_header_that_contradicts_itself_is_refused(tmp_path):
     assert error.value.reason == "orientation unknown"
 
 
+def test_a_voxel_size_that_the_header_contradicts_is_refused(tmp_path):
+    image = nibabel.Nifti1Image(torso()[0].transpose(2, 1, 0), AFFINE)
+    image.header["pixdim"][1:4] = 1, 1, 3
+    nibabel.save(image, tmp_path / "scan.nii.gz")
+    with pytest.raises(UnusableScan, match=r"\[2\.0, 2\.0, 5\.0\] mm by its sform, \[1\.0, 1\.0, 3\.0\] by its pixdim"):
+        load_ct(tmp_path / "scan.nii.gz")
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+@pytest.mark.parametrize("size", [(30_000, 30_000, 30_000), (-40, 40, 16)])
+def test_a_header_that_claims_more_than_the_file_holds_costs_no_memory(tmp_path, name, size):
+    content = bytearray(save(tmp_path / "whole.nii", torso()[0]).read_bytes())
+    content[42:48] = np.array(size, "<i2").tobytes()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(UnusableScan, match="cannot hold") as error:
+        load_ct(tmp_path / name)
+    assert error.value.reason == "unreadable NIfTI"
+
+
+def test_a_slope_of_zero_in_the_header_means_none(tmp_path):
+    hu, _ = torso()
+    content = bytearray(save(tmp_path / "scan.nii", hu).read_bytes())
+    content[112:116] = np.float32(0).tobytes()
+    (tmp_path / "scan.nii").write_bytes(content)
+    np.testing.assert_array_equal(read_nifti(tmp_path / "scan.nii").values, hu)
+
+
 def repeat_slice(hu):
     return hu[[0, 1, 2, 2, *range(3, len(hu))]]
 

@@ -20,6 +20,8 @@ from medclip_hf.data.ct.geometry import UnusableScan, Volume, oriented_volume
 if TYPE_CHECKING:
     from pydicom import Dataset
 
+    _File = tuple[Path, Dataset]  # with the elements that matter
+
 logger = logging.getLogger(__name__)
 
 # Distances between neighbours may differ by this much (positions are rounded in some exports).
@@ -101,8 +103,9 @@ def read_series(path: Path, series_uid: str | None = None, orientation: str = "L
         UnusableScan: no CT series or several, several geometries in one series, a tilted gantry, repeated or missing
             slices, missing rescale, pixel data that cannot be decoded.
     """
-    series = _choose_series(_ct_series(path), series_uid, path)
-    frames = _sorted_frames(_without_copies(series), path)
+    files = _choose_series(_ct_series(path), series_uid, path)
+    frames = [frame for file, header in files for frame in _frames(file, header)]
+    frames = _sorted_frames(_without_copies(frames), path)
     values = _decode(frames)
     return oriented_volume(values.transpose(2, 1, 0), _affine(frames), str(path), orientation)
 
@@ -135,10 +138,11 @@ def _unreadable(file: Path, error: object) -> UnusableScan:
     return UnusableScan("unreadable DICOM", f"{file}: {error}. Is it truncated? Copy it again.")
 
 
-def _ct_series(path: Path) -> dict[str, list[_Frame]]:
+def _ct_series(path: Path) -> dict[str, list[_File]]:
+    """The files of each series. Nothing else is asked of them yet: a series that is no volume bars no other one."""
     from pydicom.uid import CTImageStorage
 
-    series: dict[str, list[_Frame]] = {}
+    series: dict[str, list[_File]] = {}
     other: set[str] = set()
     for file, header in _headers(path):
         is_sheet = "ImagePositionPatient" not in header and "PerFrameFunctionalGroupsSequence" not in header
@@ -146,8 +150,10 @@ def _ct_series(path: Path) -> dict[str, list[_Frame]]:
             other.add(str(header.Modality))
         elif "LOCALIZER" in header.get("ImageType", []) or (is_sheet and header.SOPClassUID != CTImageStorage):
             other.add("CT localizers or sheets")
+        elif "Rows" not in header:  # so its SeriesInstanceUID may be half of one
+            raise _unreadable(file, "its header breaks off")
         else:
-            series.setdefault(str(header.get("SeriesInstanceUID", "")), []).extend(_frames(file, header))
+            series.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((file, header))
     if not series:
         raise UnusableScan(
             "no CT series",
@@ -211,14 +217,20 @@ def _frame(file: Path, index: int, header: Dataset, groups: dict[str, Dataset]) 
             intercept=float(transformation.RescaleIntercept),
         )
     except (AttributeError, TypeError, ValueError) as error:
-        raise UnusableScan("geometry missing", f"{file}: {error}") from error
+        raise UnusableScan(
+            "geometry missing",
+            f"{file}: {error}. Position and orientation of the patient, pixel spacing, rows and columns are needed.",
+        ) from error
 
 
-def _choose_series(series: dict[str, list[_Frame]], series_uid: str | None, path: Path) -> list[_Frame]:
-    chosen = {uid: frames for uid, frames in series.items() if series_uid is None or uid.endswith(series_uid)}
+def _choose_series(series: dict[str, list[_File]], series_uid: str | None, path: Path) -> list[_File]:
+    chosen = {uid: files for uid, files in series.items() if series_uid is None or uid.endswith(series_uid)}
     if len(chosen) == 1:
         return next(iter(chosen.values()))
-    listing = "; ".join(f"{uid} ({len(frames)} slices)" for uid, frames in sorted(series.items()))
+    listing = "; ".join(
+        f"{uid} ({sum(int(header.get('NumberOfFrames') or 1) for _, header in files)} slices)"
+        for uid, files in sorted(series.items())
+    )
     if not chosen:
         raise UnusableScan("no CT series", f"{path}: no series ends in {series_uid!r}. There are: {listing}")
     raise UnusableScan("several series", f"{path}: choose one by series_uid (its end suffices): {listing}")
@@ -293,25 +305,30 @@ def _decode(frames: Sequence[_Frame]) -> NDArray[Any]:
     """(slices, rows, columns) in Hounsfield units: int16 where slope and intercept are whole, float32 otherwise."""
     is_whole = all(frame.slope.is_integer() and frame.intercept.is_integer() for frame in frames)
     values = np.empty((len(frames), *frames[0].shape), np.int32 if is_whole else np.float32)
-    for slot, frame in zip(values, frames, strict=True):
-        slot[...] = _stored_pixels(frame).astype(values.dtype) * values.dtype.type(frame.slope)
-        slot += values.dtype.type(frame.intercept)
+    places: dict[Path, list[int]] = {}
+    for place, frame in enumerate(frames):
+        places.setdefault(frame.path, []).append(place)
+    for path, slots in places.items():
+        for place, pixels in zip(slots, _stored_pixels(path, [frames[slot].index for slot in slots]), strict=True):
+            frame = frames[place]
+            if pixels.shape != frame.shape:
+                raise UnusableScan("pixels unreadable", f"{path}: {pixels.shape} pixels; the header says {frame.shape}")
+            values[place] = pixels.astype(values.dtype) * values.dtype.type(frame.slope)
+            values[place] += values.dtype.type(frame.intercept)
     return values
 
 
-def _stored_pixels(frame: _Frame) -> NDArray[Any]:
-    from pydicom.pixels import pixel_array
+def _stored_pixels(path: Path, indices: list[int]) -> Iterator[NDArray[Any]]:
+    """Frames of a file, in the order asked for; its header, which grows with the frames, is read once for all."""
+    from pydicom.pixels import iter_pixels
 
     try:
-        pixels = pixel_array(frame.path, index=frame.index)
+        yield from iter_pixels(path, indices=indices)
     except (AttributeError, EOFError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
         raise UnusableScan(
             "pixels unreadable",
-            f"{frame.path}: {error}. The file is truncated, or its transfer syntax needs a decoder (python-gdcm).",
+            f"{path}: {error}. The file is truncated, or its transfer syntax needs a decoder (python-gdcm).",
         ) from error
-    if pixels.shape != frame.shape:
-        raise UnusableScan("pixels unreadable", f"{frame.path}: {pixels.shape} pixels; the header says {frame.shape}")
-    return pixels
 
 
 def _affine(frames: Sequence[_Frame]) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ RAD_CHESTCT_SPACING_MM = 0.8
 RAD_CHESTCT_ORIENTATION = "LPI"
 
 _NIFTI_ENDINGS = (".nii", ".nii.gz")
+_LARGEST_DEFLATION = 1032  # bytes that one byte of a gzip stream can stand for, https://zlib.net/zlib_tech.html
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ def read_nifti(
         image = nibabel.load(path)
         if not isinstance(image, nibabel.Nifti1Pair):
             raise UnusableScan("unreadable NIfTI", f"{path}: is a {type(image).__name__}, not NIfTI")
+        _check_size(image, path)
         header_affine = _header_affine(image, path) if affine is None else affine
         if image.get_data_dtype().kind not in "iuf":
             raise UnusableScan("wrong dtype", f"{path}: values are {image.get_data_dtype()}; expected plain numbers")
@@ -184,19 +187,46 @@ def _header_affine(image: Any, path: Path) -> NDArray[np.float64]:
             f"{path}: sform and qform code are 0, so left and right cannot be told. Convert the scan again from DICOM, "
             "or give its affine if you know it.",
         )
-    if int(header["sform_code"]) and int(header["qform_code"]):
-        from nibabel.orientations import aff2axcodes
-
-        by_sform, by_qform = ("".join(aff2axcodes(matrix)) for matrix in (header.get_sform(), header.get_qform()))
-        if by_sform != by_qform:
-            raise UnusableScan(
-                "orientation unknown",
-                f"{path}: {by_sform} by its sform, {by_qform} by its qform. Convert the scan again from DICOM.",
-            )
+    if int(header["sform_code"]):
+        _check_agreement(header, path)
     unit = header.get_xyzt_units()[0]
     if unit not in ("mm", "unknown"):
         raise UnusableScan("spacing implausible", f"{path}: lengths are in {unit!r}; expected mm. Repair the header.")
     return np.asarray(image.affine, dtype=np.float64)
+
+
+def _check_agreement(header: Any, path: Path) -> None:
+    """Refuse an sform, which is what counts, that the rest of the header contradicts."""
+    from nibabel.orientations import aff2axcodes
+
+    by_sform = np.linalg.norm(header.get_sform()[:3, :3], axis=0)
+    by_pixdim = np.asarray(header["pixdim"][1:4], dtype=np.float64)
+    if np.isfinite(by_sform).all() and not np.allclose(by_sform, by_pixdim, rtol=0.01):
+        told = " mm by its sform, ".join(str(np.round(steps, 4).tolist()) for steps in (by_sform, by_pixdim))
+        raise UnusableScan(
+            "spacing implausible", f"{path}: voxels of {told} by its pixdim. Convert the scan again from DICOM."
+        )
+    if int(header["qform_code"]):
+        sides, others = ("".join(aff2axcodes(matrix)) for matrix in (header.get_sform(), header.get_qform()))
+        if sides != others:
+            raise UnusableScan(
+                "orientation unknown",
+                f"{path}: {sides} by its sform, {others} by its qform. Convert the scan again from DICOM.",
+            )
+
+
+def _check_size(image: Any, path: Path) -> None:
+    """Refuse a header that claims more voxels than the file can hold, before memory is asked for them."""
+    claimed = math.prod(int(count) for count in image.shape) * image.get_data_dtype().itemsize
+    largest = Path(image.file_map["image"].filename).stat().st_size
+    if path.name.lower().endswith(".gz"):
+        largest *= _LARGEST_DEFLATION
+    if min(image.shape, default=0) < 1 or claimed > largest:
+        raise UnusableScan(
+            "unreadable NIfTI",
+            f"{path}: its header says {image.shape} voxels of {image.get_data_dtype()}, which the file cannot hold. Is "
+            "it truncated or damaged? Copy it again.",
+        )
 
 
 def _stored_values(image: Any) -> NDArray[Any]:
