@@ -109,6 +109,7 @@ def scans():
 def test_the_folder_holds_the_code_and_names_its_classes(saved):
     folder, tower, _, _ = saved
     assert {path.name for path in folder.glob("*.py")} == {
+        "anatomy_masks_fvlm.py",
         "configuration_fvlm.py",
         "image_processing_fvlm.py",
         "loss_fvlm.py",

@@ -480,15 +480,23 @@ def test_a_loss_without_pairs_is_refused(model, batch):
         model(batch["input_ids"], batch["pixel_values"][:2], return_loss=True)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 26, 20), (1, 3, 12, 12), (3, 20, 20)])
+@pytest.mark.parametrize("shape", [(1, 3, 26, 20), (1, 3, 12, 12), (1, 1, 20, 20), (3, 20, 20), (20,)])
 def test_images_that_do_not_fit_are_refused(model, shape):
     with pytest.raises(ValueError, match=r"should be \(B, 3, 20, 20\)"):
         model(pixel_values=torch.randn(shape))
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 26, 5), (3, 26, 26), (1, 1, 26, 26)])
+def test_images_without_a_whole_patch_are_refused_at_every_size(model, shape):
+    with pytest.raises(ValueError, match="at least 6 pixels"):
+        model.get_concept_maps(torch.randn(shape), concept_embeds=torch.randn(2, 32), interpolate_pos_encoding=True)
+
+
 def test_texts_that_do_not_fit_are_refused(model, batch):
-    with pytest.raises(ValueError, match="at most 16 tokens"):
+    with pytest.raises(ValueError, match="1 to 16 tokens"):
         model(torch.ones(1, 17, dtype=torch.long))
+    with pytest.raises(ValueError, match="1 to 16 tokens"):
+        model(torch.ones(2, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="attention_mask should be"):
         model(batch["input_ids"], attention_mask=torch.ones(3, 7))
 
@@ -512,3 +520,5 @@ def test_maps_are_refused_without_heads_concepts_or_matching_texts(model, batch)
         model.get_concept_maps(pixels, ids, concept_embeds=torch.randn(2, 32))
     with pytest.raises(ValueError, match="1 images but concepts of 3 texts"):
         model.get_concept_maps(pixels[:1], ids)
+    with pytest.raises(ValueError, match=r"concept_embeds should be \(N, 32\)"):
+        model.get_concept_maps(pixels, concept_embeds=torch.randn(2, 7))

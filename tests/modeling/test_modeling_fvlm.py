@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from medclip_hf.hub.convert_fvlm import from_official_state_dict, to_official_state_dict
 from medclip_hf.modeling.fvlm import FVLMConfig, FVLMModel, FVLMVisionConfig, FVLMVisionModel
+from medclip_hf.modeling.fvlm.anatomy_masks_fvlm import anatomy_token_mask, complete_anatomies
 from medclip_hf.modeling.fvlm.loss_fvlm import anatomy_logits, normalize_rows, positive_pairs
-from medclip_hf.modeling.fvlm.modeling_fvlm import FVLMAnatomyPooling, anatomy_token_mask, complete_anatomies
+from medclip_hf.modeling.fvlm.modeling_fvlm import FVLMAnatomyPooling
 
 CASES = ("all_intact", "cropped_border", "organ_missing", "all_normal_organ", "single_patient_organ")
 SIZE_DHW, PATCH_DHW = (8, 12, 16), (4, 4, 8)
@@ -552,12 +553,30 @@ def test_anatomies_that_cannot_be_added_are_refused(model, names):
         ({"is_abnormal": None}, "needs text_index and is_abnormal"),
         ({"text_index": None}, "needs text_index and is_abnormal"),
         ({"input_ids": None}, "must both come"),
+        # What has one row or one column would be broadcast and change the loss without a sign.
+        ({"text_index": torch.zeros(1, 4).long()}, r"text_index must have shape \(3, 4\)"),
+        ({"is_abnormal": torch.ones(3, 1).bool()}, "is_abnormal must have shape"),
+        ({"is_complete": torch.ones(4).bool()}, "is_complete must have shape"),
+        ({"text_ids": torch.arange(9)}, r"text_ids must have shape \(5,\)"),
+        ({"input_ids": torch.ones(5, 33).long(), "attention_mask": None}, "1 to 32 tokens"),
+        ({"attention_mask": torch.ones(5, 6).long()}, "attention_mask should be"),
         ({"input_ids": None, "pixel_values": None}, "Neither input_ids nor pixel_values"),
     ],
 )
 def test_bad_input_is_refused_with_what_to_do(model, inputs, changes, message):
     with pytest.raises(ValueError, match=message):
         model(**inputs | changes, return_loss=True)
+
+
+def test_an_index_beyond_the_last_text_is_an_error_and_not_taken_for_none(model, inputs):
+    beyond = torch.where(inputs["text_index"] == 4, 5, inputs["text_index"])
+    with pytest.raises(IndexError):
+        model(**inputs | {"text_index": beyond}, return_loss=True)
+
+
+def test_a_block_that_does_not_exist_is_refused(model, inputs):
+    with pytest.raises(ValueError, match="blocks are 0 to 2"):
+        model.vision_model(inputs["pixel_values"], feature_layers=(0, 3))
 
 
 @pytest.mark.parametrize(

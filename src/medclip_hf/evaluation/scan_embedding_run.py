@@ -19,7 +19,7 @@ from medclip_hf.evaluation.ct_zero_shot import Size, cut_window, plan_windows
 from medclip_hf.evaluation.embedding_cache import encode_in_batches
 from medclip_hf.evaluation.embedding_run import RunOptions, as_stored
 from medclip_hf.evaluation.embedding_store import EmbeddingStore, Shard
-from medclip_hf.modeling.fvlm.modeling_fvlm import anatomy_token_mask
+from medclip_hf.modeling.fvlm.anatomy_masks_fvlm import anatomy_token_mask
 
 logger = logging.getLogger(__name__)
 

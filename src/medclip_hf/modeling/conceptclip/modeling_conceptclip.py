@@ -220,8 +220,7 @@ class ConceptCLIPModel(PreTrainedModel):
         Raises:
             ValueError: where the images do not fit the position table.
         """
-        if not interpolate_pos_encoding:
-            self._check_image_size(pixel_values)
+        self._check_pixel_values(pixel_values, interpolate_pos_encoding)
         return self.vision_model(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
         )
@@ -338,6 +337,7 @@ class ConceptCLIPModel(PreTrainedModel):
         self._check_has_heads("concept maps")
         if concept_embeds is not None and input_ids is not None:
             raise ValueError("Concept maps take either input_ids or concept_embeds, but both came.")
+        self._check_pixel_values(pixel_values, interpolate_pos_encoding)
         num_images, _, height, width = pixel_values.shape
         if concept_embeds is None:
             if input_ids is None:
@@ -347,6 +347,11 @@ class ConceptCLIPModel(PreTrainedModel):
             )
         if concept_embeds.dim() == 2:
             concept_embeds = concept_embeds.expand(num_images, -1, -1)
+        embed_dim = self.config.vision_config.hidden_size
+        if concept_embeds.dim() != 3 or concept_embeds.shape[2] != embed_dim:
+            raise ValueError(
+                f"concept_embeds should be (N, {embed_dim}) or (B, N, {embed_dim}), got {tuple(concept_embeds.shape)}."
+            )
         if len(concept_embeds) != num_images:
             raise ValueError(
                 f"{num_images} images but concepts of {len(concept_embeds)} texts. To look for the same concepts in "
@@ -521,22 +526,25 @@ class ConceptCLIPModel(PreTrainedModel):
                 "Train the second stage from it, or load a model that was trained so."
             )
 
-    def _check_image_size(self, pixel_values: Tensor) -> None:
-        vision_config = self.config.vision_config
-        rows, columns = (size // vision_config.patch_size for size in pixel_values.shape[-2:])
-        side = vision_config.image_size // vision_config.patch_size
-        if pixel_values.dim() != 4 or (rows, columns) != (side, side):
-            raise ValueError(
-                f"pixel_values should be (B, {vision_config.num_channels}, {vision_config.image_size}, "
-                f"{vision_config.image_size}), got {tuple(pixel_values.shape)}. Resize the images, or pass "
-                "interpolate_pos_encoding=True."
-            )
+    def _check_pixel_values(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> None:
+        config = self.config.vision_config
+        if pixel_values.dim() == 4 and pixel_values.shape[1] == config.num_channels:
+            rows, columns = (size // config.patch_size for size in pixel_values.shape[2:])
+            side = config.image_size // config.patch_size
+            if (rows, columns) == (side, side) or (interpolate_pos_encoding and rows and columns):
+                return
+        raise ValueError(
+            f"pixel_values should be (B, {config.num_channels}, {config.image_size}, {config.image_size}), got "
+            f"{tuple(pixel_values.shape)}. Resize the images, or pass interpolate_pos_encoding=True for other sizes of "
+            f"at least {config.patch_size} pixels."
+        )
 
+    # Same as in fvlm.
     def _check_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-        max_tokens = self.config.text_config.max_position_embeddings
-        if input_ids.dim() != 2 or input_ids.shape[1] > max_tokens:
+        max_tokens = self.text_model.config.max_position_embeddings
+        if input_ids.dim() != 2 or not 1 <= input_ids.shape[1] <= max_tokens:
             raise ValueError(
-                f"input_ids should be (B, T) with at most {max_tokens} tokens, got {tuple(input_ids.shape)}. "
+                f"input_ids should be (B, T) with 1 to {max_tokens} tokens, got {tuple(input_ids.shape)}. "
                 "Tokenise with truncation=True and max_length."
             )
         if attention_mask is not None and attention_mask.shape != input_ids.shape:

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .anatomy_masks_fvlm import anatomy_token_mask, count_patches, touching_anatomies
 from .configuration_fvlm import FVLMConfig, FVLMVisionConfig
 from .loss_fvlm import anatomy_alignment_loss
 
@@ -103,105 +104,7 @@ def _plain_values(output: ModelOutput) -> tuple[Any, ...]:
     return tuple(value.long() if isinstance(value, Tensor) and value.dtype == torch.bool else value for value in values)
 
 
-# Anatomy masks ---------------------------------------------------------------------------------------------------
-
-
-def _check_anatomy_mask(anatomy_mask: Tensor) -> None:
-    if anatomy_mask.ndim != 4 or anatomy_mask.is_floating_point() or anatomy_mask.is_complex():
-        raise ValueError(
-            "anatomy_mask holds integer ids of shape (batch, depth, height, width), but "
-            f"{anatomy_mask.dtype} of shape {tuple(anatomy_mask.shape)} came. Drop the channel axis and convert it "
-            "to uint8."
-        )
-
-
-def _anatomy_bits(anatomy_mask: Tensor, num_anatomies: int) -> Tensor:
-    """A voxel of anatomy i as an integer in which bit i + 1 is set; background is bit 0, unknown ids the bit after A.
-
-    As bits, "which anatomies occur in this patch" is one bitwise OR for any number of anatomies, and no one-hot copy of
-    the volume is made.
-    """
-    if num_anatomies <= 6:
-        dtype = torch.uint8
-    else:
-        dtype = torch.int32 if num_anatomies <= 29 else torch.int64
-    ids = anatomy_mask.clamp(0, num_anatomies + 1).to(dtype)
-    return torch.ones((), dtype=dtype, device=ids.device).bitwise_left_shift(ids)
-
-
-def _or_reduce(bits: Tensor, dim: int) -> Tensor:
-    """Bitwise OR over an axis, which is dropped, by repeated halving."""
-    while (size := bits.shape[dim]) > 1:
-        half = size // 2
-        folded = bits.narrow(dim, 0, half) | bits.narrow(dim, half, half)
-        if size % 2:
-            folded = torch.cat((folded, bits.narrow(dim, size - 1, 1)), dim=dim)
-        bits = folded
-    return bits.squeeze(dim)
-
-
-def _bits_to_flags(bits: Tensor, num_anatomies: int) -> Tensor:
-    """Bits 1 to A as bools on a new last axis: (...) -> (..., A)."""
-    places = torch.arange(1, num_anatomies + 1, device=bits.device)
-    return (bits.unsqueeze(-1).long() >> places & 1).bool()
-
-
-def anatomy_token_mask(anatomy_mask: Tensor, num_anatomies: int, patch_size_dhw: Sequence[int]) -> Tensor:
-    """Which patches belong to which anatomy: (B, A, P) bool; a patch belongs if it holds one voxel of the anatomy.
-
-    Args:
-        anatomy_mask: (B, D, H, W) integer ids, 0 = background, i + 1 = anatomy i. Ids beyond A are background here:
-            finding them would stop the device. The processor refuses them.
-        num_anatomies: A.
-        patch_size_dhw: voxels (depth, height, width) of a patch.
-
-    Raises:
-        ValueError: the mask is not of integers, has other axes, or its size is no multiple of the patch.
-    """
-    _check_anatomy_mask(anatomy_mask)
-    batch, *size_dhw = anatomy_mask.shape
-    depth, height, width = _grid_size_dhw(size_dhw, patch_size_dhw, "anatomy_mask")
-    patch_depth, patch_height, patch_width = patch_size_dhw
-    bits = _anatomy_bits(anatomy_mask, num_anatomies)
-    bits = bits.reshape(batch, depth, patch_depth, height, patch_height, width, patch_width)
-    bits = _or_reduce(_or_reduce(_or_reduce(bits, 2), 3), 4)  # slices first: contiguous and the largest step
-    return _bits_to_flags(bits.flatten(1), num_anatomies).transpose(1, 2)
-
-
-def complete_anatomies(anatomy_mask: Tensor, num_anatomies: int) -> Tensor:
-    """Which anatomies occur in a crop and touch none of its six faces: (B, A) bool.
-
-    Only these enter the loss: a text tells of the whole anatomy, and one that reaches a face is probably cut.
-
-    Args:
-        anatomy_mask: (B, D, H, W) integer ids, 0 = background, i + 1 = anatomy i.
-        num_anatomies: A.
-
-    Raises:
-        ValueError: the mask is not of integers or has other axes.
-    """
-    _check_anatomy_mask(anatomy_mask)
-    bits = _anatomy_bits(anatomy_mask, num_anatomies)
-    is_present = _bits_to_flags(_or_reduce(bits.flatten(1), 1), num_anatomies)
-    return is_present & ~_touching_anatomies(anatomy_mask, num_anatomies)
-
-
-def _touching_anatomies(anatomy_mask: Tensor, num_anatomies: int) -> Tensor:
-    """Which anatomies reach one of the six faces: (B, A) bool."""
-    faces = [anatomy_mask.select(dim, index).flatten(1) for dim in (1, 2, 3) for index in (0, -1)]
-    bits = _anatomy_bits(torch.cat(faces, dim=1), num_anatomies)
-    return _bits_to_flags(_or_reduce(bits, 1), num_anatomies)
-
-
-def _grid_size_dhw(size_dhw: Sequence[int], patch_size_dhw: Sequence[int], name: str) -> tuple[int, int, int]:
-    """Patches along (depth, height, width) of a volume; raises where it is no whole number of patches."""
-    if any(size < patch or size % patch for size, patch in zip(size_dhw, patch_size_dhw, strict=True)):
-        raise ValueError(
-            f"{name} has {tuple(size_dhw)} voxels (depth, height, width), which is no multiple of the patch "
-            f"{tuple(patch_size_dhw)}. Pad it with zeros; FVLMImageProcessor does."
-        )
-    depth, height, width = (size // patch for size, patch in zip(size_dhw, patch_size_dhw, strict=True))
-    return depth, height, width
+# Vision tower ----------------------------------------------------------------------------------------------------
 
 
 def _check_pixel_values(pixel_values: Tensor, num_channels: int) -> None:
@@ -210,9 +113,6 @@ def _check_pixel_values(pixel_values: Tensor, num_channels: int) -> None:
             f"pixel_values has shape (batch, {num_channels}, depth, height, width), but {tuple(pixel_values.shape)} "
             "came. FVLMImageProcessor gives this shape."
         )
-
-
-# Vision tower ----------------------------------------------------------------------------------------------------
 
 
 class FVLMPatchEmbedding(nn.Conv3d):
@@ -257,7 +157,7 @@ class FVLMVisionEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, P, hidden) tokens of `pixel_values` (B, channels, D, H, W)."""
         _check_pixel_values(pixel_values, self.num_channels)
-        grid_size_dhw = _grid_size_dhw(pixel_values.shape[2:], self.patch_size_dhw, "pixel_values")
+        grid_size_dhw = count_patches(pixel_values.shape[2:], self.patch_size_dhw, "pixel_values")
         hidden_states = self.patch_embedding(pixel_values)  # (batch, num_patches, hidden)
         return self.dropout(hidden_states + self.interpolate_pos_encoding(grid_size_dhw))
 
@@ -519,8 +419,10 @@ class FVLMVisionModel(FVLMPreTrainedModel):
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Raises:
-            ValueError: the shape is not as described.
+            ValueError: the shape is not as described, or there is no such block.
         """
+        if any(not 0 <= index < len(self.layers) for index in feature_layers or ()):
+            raise ValueError(f"feature_layers {tuple(feature_layers or ())}: blocks are 0 to {len(self.layers) - 1}.")
         hidden_states = self.embeddings(pixel_values)
         levels = []
         for index, layer in enumerate(self.layers):
@@ -618,12 +520,16 @@ class FVLMModel(FVLMPreTrainedModel):
         """Output of the text tower; `pooler_output` is the projected [CLS] state (T, projection_dim), not normalised.
 
         Args:
-            input_ids: (T, L).
+            input_ids: (T, L), padded at the end: the first token is [CLS].
             attention_mask: (T, L), 1 for tokens, 0 for padding; by default what is not the padding token.
             position_ids: (T, L).
             token_type_ids: (T, L); converted weights hold zeros for them, as the release adds none.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Raises:
+            ValueError: where the text is longer than the position table, or the mask of another shape.
         """
+        self._check_text(input_ids, attention_mask)
         if attention_mask is None:
             attention_mask = torch.ne(input_ids, self.text_model.config.pad_token_id or 0).long()
         outputs = self.text_model(
@@ -771,11 +677,24 @@ class FVLMModel(FVLMPreTrainedModel):
                     f"{(pixel_values.shape[0], *size_dhw)}: mask and volume must share one grid."
                 )
             return anatomy_token_mask(anatomy_mask, self.config.num_anatomies, patch_size_dhw)
-        num_patches = math.prod(_grid_size_dhw(size_dhw, patch_size_dhw, "pixel_values"))
+        num_patches = math.prod(count_patches(size_dhw, patch_size_dhw, "pixel_values"))
         expected = (pixel_values.shape[0], self.config.num_anatomies, num_patches)
         if token_mask is None or tuple(token_mask.shape) != expected:
             raise ValueError(f"anatomy_token_mask must have shape (batch, anatomies, patches) {expected}.")
         return token_mask.bool()
+
+    # Same as in conceptclip.
+    def _check_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        max_tokens = self.text_model.config.max_position_embeddings
+        if input_ids.dim() != 2 or not 1 <= input_ids.shape[1] <= max_tokens:
+            raise ValueError(
+                f"input_ids should be (B, T) with 1 to {max_tokens} tokens, got {tuple(input_ids.shape)}. "
+                "Tokenise with truncation=True and max_length."
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask should be {tuple(input_ids.shape)} like input_ids, got {tuple(attention_mask.shape)}."
+            )
 
     def _losses(
         self,
@@ -793,20 +712,38 @@ class FVLMModel(FVLMPreTrainedModel):
             raise ValueError("The loss compares volumes with texts: pixel_values and input_ids must both come.")
         if text_index is None or is_abnormal is None:
             raise ValueError("The loss needs text_index and is_abnormal, (batch, anatomies) each.")
+        _check_labels(text_index, is_abnormal, is_complete, text_ids, anatomy_present.shape, len(text_embeds))
         is_used = anatomy_present & (text_index >= 0)
         if is_complete is not None:
             is_used = is_used & is_complete.bool()
         elif anatomy_mask is not None:
-            is_used = is_used & ~_touching_anatomies(anatomy_mask, self.config.num_anatomies)
-        # The row behind the last text stands for "no text", which index -1 names.
+            is_used = is_used & ~touching_anatomies(anatomy_mask, self.config.num_anatomies)
+        # A row before the first text stands for "no text", -1; so an index beyond the last text finds no row at all.
+        row = text_index + 1
         return anatomy_alignment_loss(
             anatomy_embeds,
-            F.pad(text_embeds, (0, 0, 0, 1))[text_index],
+            F.pad(text_embeds, (0, 0, 1, 0))[row],
             self.logit_scale.exp(),
-            text_ids=text_index if text_ids is None else F.pad(text_ids, (0, 1))[text_index],
+            text_ids=text_index if text_ids is None else F.pad(text_ids, (1, 0))[row],
             is_abnormal=is_abnormal.bool(),
             is_used=is_used,
         )
+
+
+def _check_labels(
+    text_index: Tensor,
+    is_abnormal: Tensor,
+    is_complete: Tensor | None,
+    text_ids: Tensor | None,
+    shape: torch.Size,
+    num_texts: int,
+) -> None:
+    """Refuse labels of other scans or anatomies, which would else be broadcast."""
+    for name, labels in (("text_index", text_index), ("is_abnormal", is_abnormal), ("is_complete", is_complete)):
+        if labels is not None and labels.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)} (batch, anatomies), got {tuple(labels.shape)}.")
+    if text_ids is not None and text_ids.shape != (num_texts,):
+        raise ValueError(f"text_ids must have shape ({num_texts},), one a text, but {tuple(text_ids.shape)} came.")
 
 
 # Same as in conceptclip.
