@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -155,6 +156,16 @@ def test_weights_of_several_formats_are_widened_and_the_report_tells_which(tmp_p
     assert torch.equal(loaded.text_projection.weight, official["text.proj.weight"].float())
     assert "text_projection.weight" in report["widened"]["torch.bfloat16"]
     assert report["widened"].keys() == {"torch.bfloat16"}
+
+
+def test_one_tensor_under_two_names_becomes_two(tmp_path):
+    official = conceptclip_to_official(conceptclip().state_dict())
+    official["visual.trunk.blocks.1.norm1.weight"] = official["visual.trunk.blocks.0.norm1.weight"]
+    torch.save(official, tmp_path / "model.pt")
+    convert_checkpoint(tmp_path / "model.pt", tmp_path / "out", config=HEADS, with_processor=False)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    layers = [weights[f"vision_model.encoder.layers.{layer}.layer_norm1.weight"] for layer in (0, 1)]
+    assert torch.equal(layers[0], layers[1])
 
 
 def test_an_fvlm_in_half_precision_goes_back_in_one_format(tmp_path):
@@ -345,6 +356,19 @@ def test_a_pickle_is_refused_by_its_name_and_never_opened(tmp_path):
     assert not (tmp_path / "trapped").exists()
 
 
+def test_a_compressed_file_is_not_unpacked(tmp_path):
+    """A few bytes of it may become more than there is memory; PyTorch writes none."""
+    write_official(tmp_path / "model.pt", conceptclip())
+    with (
+        zipfile.ZipFile(tmp_path / "model.pt") as source,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for entry in source.infolist():
+            bomb.writestr(entry.filename, source.read(entry))
+    with pytest.raises(ValueError, match="its parts are compressed, which PyTorch never does"):
+        convert_checkpoint(tmp_path / "bomb.pt", tmp_path / "out", config=HEADS)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
 def test_a_truncated_file_is_told(tmp_path, name):
     source = write_official(tmp_path / name, conceptclip())
@@ -378,6 +402,9 @@ def test_a_field_that_no_configuration_has_is_named(tmp_path, tokenizer):
         (HEADS | {"open_clip_config": {}}, r"the configuration of conceptclip has no \['open_clip_config'\]"),
         ({"vision_config": {"num_heads": 2}}, r"vision_config of conceptclip has no \['num_heads'\]"),
         ({"text_config": 3}, "must be an object with fields"),
+        (HEADS | {"text_config": {"num_attention_heads": 2, "intermediate_size": "two"}}, "expected int, got str"),
+        (HEADS | {"text_config": {"num_attention_heads": 0}}, "must be a whole number above 0"),
+        (HEADS | {"vision_config": {"num_attention_heads": 2, "hidden_act": "none"}}, "no model can be built"),
     ):
         with pytest.raises(ValueError, match=message):
             convert_checkpoint(source, tmp_path / "out", tokenizer=tokenizer, config=fields)
@@ -399,6 +426,12 @@ def test_weights_of_wrong_shapes_are_named(tmp_path, tokenizer):
         ({"module.logit_scale": torch.zeros(())}, r"come twice, with and without 'module\.': \['logit_scale'\]"),
         ({"visual.trunk.pos_embed": torch.zeros(1, 3, 12)}, "position_embedding"),
         ({"logit_scale": torch.tensor(3)}, r"weights of \['torch.int64'\]: \['logit_scale'\]"),
+        ({"visual.trunk.attn_pool.q.weight": torch.zeros(12, 7)}, "do not belong together"),
+        (
+            {"visual.trunk.patch_embed.proj.weight": torch.zeros(12)},
+            r"4 axes, none empty, but a weight of shape \(12,\)",
+        ),
+        ({"text.transformer.embeddings.word_embeddings.weight": torch.zeros(0, 8)}, r"shape \(0, 8\) came"),
     ],
 )
 def test_a_damaged_weight_is_named(tmp_path, change, message):

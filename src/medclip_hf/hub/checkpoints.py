@@ -49,6 +49,7 @@ _READ_ERRORS = (
     TypeError,
     AttributeError,
     struct.error,
+    zipfile.BadZipFile,
 )
 
 
@@ -101,7 +102,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return _read_shards(path)
         if path.suffix == ".safetensors":
             return load_file(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            _refuse_compressed(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except _READ_ERRORS as error:
         raise ValueError(f"{path} cannot be read as a checkpoint of plain tensors. {_what_to_do(error)}") from error
     for key in ("model", "state_dict"):
@@ -127,6 +131,13 @@ def _what_to_do(error: Exception) -> str:
     if not isinstance(error, pickle.UnpicklingError | RuntimeError):
         reason = f" ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
     return f"It is truncated or of another format{reason}; nothing of it was run. Download it again."
+
+
+def _refuse_compressed(path: Path) -> None:
+    """PyTorch never compresses, and a few bytes may unpack to more than there is memory."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("its parts are compressed, which PyTorch never does")
 
 
 def weights_file(path: str | Path) -> Path:
@@ -240,7 +251,17 @@ def in_one_format(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
     for key, value in weights.items():
         if value.dtype != wide:
             widened.setdefault(str(value.dtype), []).append(key)
-    return {key: value.to(wide) for key, value in weights.items()}, widened
+    return _with_memory_of_their_own({key: value.to(wide) for key, value in weights.items()}), widened
+
+
+def _with_memory_of_their_own(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of weights that begin where another one does: a file may hold one tensor under two names."""
+    taken: set[int] = set()
+    own = {}
+    for key, value in weights.items():
+        own[key] = value.clone() if value.data_ptr() in taken else value
+        taken.add(value.data_ptr())
+    return own
 
 
 def first_match(table: RenamingTable, key: str) -> tuple[re.Match[str], str] | None:

@@ -229,8 +229,11 @@ def _plan(
         conversion = convert_fvlm.convert_official(official)
         config = fvlm_config(conversion.weights, overrides)
         model_class = FVLMModel
-    with torch.device("meta"):
-        model = model_class(config)
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+    except (ArithmeticError, LookupError, RuntimeError) as error:  # of sizes below 1, of activations that do not exist
+        raise ValueError(f"no model can be built with this configuration: {type(error).__name__}: {error}") from error
     check_fit(model, conversion.weights, "it")
     conversion.weights, conversion.widened = in_one_format(conversion.weights)
     model.to(dtype=next(iter(conversion.weights.values())).dtype)  # type: ignore[call-arg] # a wrapped method

@@ -128,7 +128,11 @@ def _convert_attention(rest: dict[str, Tensor], num_layers: int, conversion: Con
                 conversion.add(f"vision_model.encoder.layers.{layer}.self_attn.{name}_proj.{kind}", part, key)
         if num_layers:
             keys = [f"{_OFFICIAL_POOL}.{name}.{kind}" for name in ("q", "kv")]
-            joined = torch.cat([_pop(rest, key) for key in keys])
+            parts = [_pop(rest, key) for key in keys]
+            shapes = [tuple(part.shape) for part in parts]
+            if () in shapes or shapes[0][1:] != shapes[1][1:]:
+                raise ValueError(f"{keys} of the pooling head have shapes {shapes}, which do not belong together.")
+            joined = torch.cat(parts)
             conversion.add(f"{_OUR_POOL}.attention.in_proj_{kind}", joined, *keys)
 
 

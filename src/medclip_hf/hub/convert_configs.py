@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -64,14 +65,14 @@ def conceptclip_config(weights: Mapping[str, Tensor], overrides: Mapping[str, An
     Raises:
         ValueError: naming what the shapes do not tell and the overrides leave out.
     """
-    patches = _shape(weights, "vision_model.embeddings.patch_embedding.weight")
+    patches = _shape(weights, "vision_model.embeddings.patch_embedding.weight", 4)
     hidden_size, patch_size = patches[0], patches[-1]
-    side = math.isqrt(_shape(weights, "vision_model.embeddings.position_embedding.weight")[0])
+    side = math.isqrt(_shape(weights, "vision_model.embeddings.position_embedding.weight", 2)[0])
     layer = "vision_model.encoder.layers"
     vision = {
         "hidden_size": hidden_size,
         "num_hidden_layers": _count(weights, rf"{re.escape(layer)}\.\d+\.layer_norm1\.weight"),
-        "intermediate_size": _shape(weights, f"{layer}.0.mlp.fc1.weight")[0],
+        "intermediate_size": _shape(weights, f"{layer}.0.mlp.fc1.weight", 2)[0],
         "image_size": _PUBLISHED_GRID.get((side, patch_size), side * patch_size),
         "patch_size": patch_size,
         "hidden_act": "gelu",  # exact, as the weights were trained; SigLIP's own configurations say tanh
@@ -85,7 +86,7 @@ def conceptclip_config(weights: Mapping[str, Tensor], overrides: Mapping[str, An
     check_fields(ConceptCLIPConfig, overrides)
     merged = _merged(values, overrides)
     _require(merged, {"vision_config": ("num_attention_heads",), "text_config": ("num_attention_heads",)})
-    return ConceptCLIPConfig.from_dict(merged)
+    return _configured(ConceptCLIPConfig, merged)
 
 
 def fvlm_config(weights: Mapping[str, Tensor], overrides: Mapping[str, Any] | None = None) -> FVLMConfig:
@@ -98,12 +99,12 @@ def fvlm_config(weights: Mapping[str, Tensor], overrides: Mapping[str, Any] | No
     Raises:
         ValueError: naming what the shapes do not tell and the overrides leave out.
     """
-    hidden_size, _, *patch_size_dhw = _shape(weights, "vision_model.embeddings.patch_embedding.weight")
-    num_positions = _shape(weights, "vision_model.embeddings.position_embedding")[1]
+    hidden_size, _, *patch_size_dhw = _shape(weights, "vision_model.embeddings.patch_embedding.weight", 5)
+    num_positions = _shape(weights, "vision_model.embeddings.position_embedding", 3)[1]
     vision: dict[str, Any] = {
         "hidden_size": hidden_size,
         "num_hidden_layers": _count(weights, r"vision_model\.layers\.\d+\.layer_norm1\.weight"),
-        "intermediate_size": _shape(weights, "vision_model.layers.0.mlp.fc1.weight")[0],
+        "intermediate_size": _shape(weights, "vision_model.layers.0.mlp.fc1.weight", 2)[0],
         "patch_size_dhw": tuple(patch_size_dhw),
     } | _heads("num_attention_heads", _VISION_HEADS, hidden_size)
     if image_size_dhw := _PUBLISHED_FVLM_POSITIONS.get((num_positions, tuple(patch_size_dhw))):
@@ -111,7 +112,7 @@ def fvlm_config(weights: Mapping[str, Tensor], overrides: Mapping[str, Any] | No
     values = {
         "vision_config": vision,
         "text_config": _bert_values(weights),
-        "projection_dim": _shape(weights, "text_projection.weight")[0],
+        "projection_dim": _shape(weights, "text_projection.weight", 2)[0],
     }
     num_anatomies = _count(weights, r"anatomy_heads\.\d+\.query")
     for anatomies in (THORACIC_ANATOMIES, ALL_ANATOMIES):
@@ -126,7 +127,7 @@ def fvlm_config(weights: Mapping[str, Tensor], overrides: Mapping[str, Any] | No
             f"the checkpoint has {num_anatomies} anatomies; name them in its order in the configuration: "
             '{"anatomies": ["...", ...]}.'
         )
-    return FVLMConfig.from_dict(merged)
+    return _configured(FVLMConfig, merged)
 
 
 def check_fields(config_class: type[PreTrainedConfig], given: Mapping[str, Any] | None) -> None:
@@ -155,15 +156,27 @@ def tower_fields(config: PreTrainedConfig) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key not in _OF_THE_FOLDER}
 
 
+def _configured(config_class: Any, values: Mapping[str, Any]) -> Any:
+    """The configuration with these values.
+
+    Raises:
+        ValueError: one of them is of another kind than its field.
+    """
+    try:
+        return config_class.from_dict(dict(values))
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 def _bert_values(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    vocab_size, hidden_size = _shape(weights, "text_model.embeddings.word_embeddings.weight")
+    vocab_size, hidden_size = _shape(weights, "text_model.embeddings.word_embeddings.weight", 2)
     return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "num_hidden_layers": _count(weights, r"text_model\.encoder\.layer\.\d+\.attention\.self\.query\.weight"),
-        "intermediate_size": _shape(weights, "text_model.encoder.layer.0.intermediate.dense.weight")[0],
-        "max_position_embeddings": _shape(weights, "text_model.embeddings.position_embeddings.weight")[0],
-        "type_vocab_size": _shape(weights, "text_model.embeddings.token_type_embeddings.weight")[0],
+        "intermediate_size": _shape(weights, "text_model.encoder.layer.0.intermediate.dense.weight", 2)[0],
+        "max_position_embeddings": _shape(weights, "text_model.embeddings.position_embeddings.weight", 2)[0],
+        "type_vocab_size": _shape(weights, "text_model.embeddings.token_type_embeddings.weight", 2)[0],
     } | _heads("num_attention_heads", _BERT_HEADS, hidden_size)
 
 
@@ -171,10 +184,13 @@ def _heads(name: str, known: Mapping[int, int], width: int) -> dict[str, Any]:
     return {name: known[width]} if width in known else {}
 
 
-def _shape(weights: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
+def _shape(weights: Mapping[str, Tensor], key: str, num_dims: int) -> tuple[int, ...]:
     if key not in weights:
         raise ValueError(f"the checkpoint is incomplete: nothing in it becomes {key}.")
-    return tuple(weights[key].shape)
+    shape = tuple(weights[key].shape)
+    if len(shape) != num_dims or 0 in shape:
+        raise ValueError(f"{key} has {num_dims} axes, none empty, but a weight of shape {shape} came: it is damaged.")
+    return shape
 
 
 def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
@@ -201,3 +217,7 @@ def _require(values: Mapping[str, Any], needed: Mapping[str, tuple[str, ...]]) -
             "the shapes of the weights do not tell these values; give them in a JSON file with --config: "
             f"{missing}".replace("'", '"')
         )
+    for tower in needed:
+        heads = values[tower]["num_attention_heads"]
+        if not isinstance(heads, int) or heads < 1:
+            raise ValueError(f"num_attention_heads of {tower} must be a whole number above 0, but {heads!r} came.")

@@ -109,6 +109,8 @@ def convert_official(official: Mapping[str, Tensor]) -> Conversion:
         elif key == "temp":
             conversion.add("logit_scale", _log_scale(single(key, value)), key)
         elif key == "query_tokens":
+            if value.ndim != 2:
+                raise ValueError(f"query_tokens has shape {tuple(value.shape)}; expected (anatomies, hidden).")
             for index, row in enumerate(value):
                 conversion.add(f"anatomy_heads.{index}.query", row, key)
         elif match := _FUSED_QKV.fullmatch(key):
@@ -126,7 +128,7 @@ def convert_official(official: Mapping[str, Tensor]) -> Conversion:
             "Pass the dict under the key 'model' of the official file."
         )
     positions = weights[_TEXT_POSITIONS]
-    conversion.add(_TYPE_EMBEDDINGS, torch.zeros(2, positions.shape[1], dtype=positions.dtype))
+    conversion.add(_TYPE_EMBEDDINGS, positions.new_zeros(2, *positions.shape[1:]))
     return conversion
 
 
