@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pyarrow.parquet as pq
 import pytest
@@ -211,11 +212,25 @@ def test_doctor_tells_versions_devices_decoders_and_caches_but_no_token(monkeypa
     assert "versions" in run("doctor").stdout
 
 
-def test_importing_the_command_alone_loads_neither_torch_nor_transformers(repository):
-    """What --help needs; the package around it is stepped over."""
+def test_help_version_and_mistakes_do_not_wait_for_torch(repository):
     code = (
-        "import sys, types; package = types.ModuleType('medclip_hf'); package.__path__ = [sys.argv[1]]; "
-        "sys.modules['medclip_hf'] = package; import medclip_hf.cli.main; "
-        "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
+        "import sys; sys.argv[0] = '/usr/bin/medclip-hf'; from medclip_hf.cli.main import app\n"
+        "for line in sys.stdin:\n"
+        "    print(app(line.split(), standalone_mode=False))\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
-    subprocess.run([sys.executable, "-c", code, str(repository / "src" / "medclip_hf")], check=True, timeout=60)
+    lines = "--version\nclassify --help\nembed a.png -m /absent/folder\n"
+    child = subprocess.run(
+        [sys.executable, "-c", code], input=lines, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert child.stdout.startswith(f"{version('medclip-hf')}\n")
+    assert "--label" in child.stdout
+    assert child.stderr == "error: there is no folder /absent/folder.\n"
+
+
+def test_the_program_registers_the_models_that_it_loads(conceptclip_folder, pictures):
+    code = "import sys; sys.argv[0] = 'medclip-hf'; from medclip_hf.cli.main import app; app()"
+    command = [sys.executable, "-c", code, "embed", str(pictures / "a.png"), "-m", str(conceptclip_folder)]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.startswith("file,embedding_0,")

@@ -12,11 +12,6 @@ _PICKLES = ("*.pkl", "*.pickle", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.joblib")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def register() -> None:
-    """Make the Auto classes know the models; the command does without them until it needs one."""
-    importlib.import_module("medclip_hf").ConceptCLIPModel  # noqa: B018 - looking it up registers
-
-
 def model_type_of(model: str, revision: str | None = None) -> str:
     """Which of the two models a folder or repository holds.
 
@@ -63,10 +58,7 @@ def load_pipeline(
     from transformers import AutoModel, AutoProcessor, pipeline
     from transformers.utils import logging
 
-    from medclip_hf.pipelines import register_pipelines
-
-    register()
-    register_pipelines()
+    importlib.import_module("medclip_hf.registration")  # left out when the package was imported, see there
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,7 +18,6 @@ NOTHING_USABLE = 1
 MISTAKE = 2
 
 app = typer.Typer(
-    help="Embed, classify and annotate medical images and CT scans. For research only: no medical device.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -68,6 +67,23 @@ def _show_warnings() -> None:
     logger = logging.getLogger("medclip_hf")
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        typer.echo(version("medclip-hf"))
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Embed, classify and annotate medical images and CT scans. For research only: no medical device."""
 
 
 @app.command()
