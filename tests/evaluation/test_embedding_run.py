@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -180,6 +181,35 @@ def test_values_that_are_not_finite_end_the_run_and_are_never_written(tmp_path, 
     with pytest.raises(ValueError, match="not finite in float32"):
         list(step.stream(tasks_of(step)))
     assert not step.store.is_done(0)
+
+
+def test_a_shard_is_written_while_the_next_is_computed_and_none_is_left_half_written(tmp_path, pictures):
+    step = step_in(tmp_path / "out", pictures, rows_per_shard=3, batch_size=3)
+    whole, order, slow = step.store.write, [], threading.Event()
+
+    def write(unit, shard, drops):
+        if unit == 0:
+            assert slow.wait(20)  # for the tower to come to the next unit
+        order.append(f"written {unit}")
+        return whole(unit, shard, drops)
+
+    def forward(pixels):
+        order.append("tower")
+        if len([name for name in order if name == "tower"]) == 3:
+            slow.set()
+        return encoder().forward_pixels(pixels)
+
+    step.store.write = write
+    step.encoder = replace(step.encoder, forward_pixels=forward)
+    reports = step.stream(tasks_of(step))
+    assert next(reports).task == Task(0)
+    reports.close()  # amid the next shard
+    assert order[:4] == ["tower", "tower", "tower", "written 0"]
+    assert {path.name for path in (tmp_path / "out").glob("embeddings-*")} >= {"embeddings-00000.parquet"}
+    assert not list((tmp_path / "out").glob(".embeddings-*"))
+    again = step_in(tmp_path / "out", pictures, rows_per_shard=3, batch_size=3)
+    list(again.stream(tasks_of(again)))
+    assert again.store.finish().kept == 7
 
 
 def test_settings_out_of_range_and_patches_of_a_model_without_are_refused(tmp_path, pictures):

@@ -1,4 +1,4 @@
-"""Pictures to embeddings, unit by unit, with loader workers that decode ahead while the tower computes.
+"""Pictures to embeddings, unit by unit: workers decode ahead and a thread writes while the tower computes.
 
 One loader runs over all units of a process, so the tower does not wait where one unit ends and the next begins. A batch
 never reaches into another unit, so what a row becomes does not depend on who computes which units.
@@ -21,7 +21,7 @@ from medclip_hf.data.stages import Drop
 from medclip_hf.data.workers import Task, TaskReport
 from medclip_hf.evaluation.embedding_cache import encode_in_batches
 from medclip_hf.evaluation.embedding_sources import PictureSource
-from medclip_hf.evaluation.embedding_store import Arrays, EmbeddingStore, Shard
+from medclip_hf.evaluation.embedding_store import Arrays, EmbeddingStore, Shard, ShardWriter
 from medclip_hf.evaluation.encoders import Encoder
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # Pixels (n, 3, H, W) of the pictures of a batch that can be read, their names, and the others.
 _Loaded = tuple[Tensor, list[str], list[Drop]]
 
-STORED_TYPES = {"float32": np.float32, "float16": np.float16}
+STORED_TYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -97,31 +97,33 @@ class PictureStep:
             for indices in _cut(self.store.rows_of(task.number), self.options.batch_size)
         ]
         unit = _Unit()
-        for (task, indices), (found, rows, drops) in zip(batches, self._embedded(batches), strict=True):
-            unit.add(found, rows, drops, self._as_stored)
-            if indices[-1] == self.store.rows_of(task.number)[-1]:
-                tally = self.store.write(task.number, unit.shard(), unit.drops)
-                yield TaskReport(task, len(self.store.rows_of(task.number)), tally)
-                unit = _Unit()
+        with ShardWriter(self.store) as writer:
+            embedded = self._embedded([indices for _, indices in batches], before_fork=writer.wait)
+            for (task, indices), (found, rows, drops) in zip(batches, embedded, strict=True):
+                unit.add(found, rows, drops)
+                if indices[-1] == self.store.rows_of(task.number)[-1]:
+                    yield from writer.write(task, unit.shard, unit.drops)
+                    unit = _Unit()
+            yield from writer.finish()
 
     def _embedded(
-        self, batches: Sequence[tuple[Task, Sequence[int]]]
-    ) -> Iterator[tuple[dict[str, Tensor], list[str], list[Drop]]]:
-        """Embeddings of each batch on the CPU, one batch behind: the device computes the next while one is kept."""
+        self, batches: list[Sequence[int]], before_fork: Callable[[], None]
+    ) -> Iterator[tuple[Arrays, list[str], list[Drop]]]:
+        """Embeddings of each batch as they are stored, one behind: the device computes the next while one is kept."""
         waiting: tuple[_Copied, list[str], list[Drop]] | None = None
         batch_size = self.options.batch_size
-        for pixel_values, rows, drops in self._loaded([indices for _, indices in batches]):
-            copied = _Copied(self.encoder.device)
+        for pixel_values, rows, drops in self._loaded(batches, before_fork):
+            copied = _Copied(self.encoder.device, STORED_TYPES[self.options.stored_type])
             if rows:
                 # To the device in the workers' type: a cast on the CPU would take longer than the copy.
                 pixel_values = pixel_values.to(self.encoder.device, non_blocking=True)
                 batch_size = encode_in_batches(pixel_values, batch_size, partial(self._encode_into, copied))
             copied.record()
             if waiting is not None:
-                yield waiting[0].values(), waiting[1], waiting[2]
+                yield waiting[0].values(self.encoder.name), waiting[1], waiting[2]
             waiting = (copied, rows, drops)
         if waiting is not None:
-            yield waiting[0].values(), waiting[1], waiting[2]
+            yield waiting[0].values(self.encoder.name), waiting[1], waiting[2]
 
     def _encode_into(self, copied: "_Copied", _: int, pixel_values: Tensor) -> None:
         found = self.encoder.encode_pixels(pixel_values)
@@ -130,10 +132,11 @@ class PictureStep:
             values["patch_embeds"] = found.patch_embeds
         copied.add(values)
 
-    def _loaded(self, batches: list[Sequence[int]]) -> Iterator[_Loaded]:
+    def _loaded(self, batches: list[Sequence[int]], before_fork: Callable[[], None]) -> Iterator[_Loaded]:
         """The pixels of each batch; a picture whose decoder takes its worker down is set aside, the others are not."""
         done = 0
         while done < len(batches):
+            before_fork()
             try:
                 for loaded in self._loader(batches[done:], self.options.num_workers):
                     done += 1
@@ -143,6 +146,7 @@ class PictureStep:
                     raise
                 # Workers are ahead of the tower, so the picture to blame may be in one of the next batches.
                 logger.warning("a loader worker died; reading %d pictures one by one", len(batches[done]))
+                before_fork()
                 yield self._loaded_one_by_one(list(batches[done]))
                 done += 1
 
@@ -177,24 +181,6 @@ class PictureStep:
             multiprocessing_context="fork" if num_workers else None,  # the preprocessing is a closure
         )
 
-    def _as_stored(self, name: str, values: Tensor) -> NDArray[Any]:
-        return as_stored(name, values, self.options.stored_type, self.encoder.name)
-
-
-def as_stored(name: str, values: Tensor, stored_type: str, model: str) -> NDArray[Any]:
-    """Float values as they are written.
-
-    Raises:
-        ValueError: one is not finite, or does not fit into the type.
-    """
-    array = values.float().numpy().astype(STORED_TYPES[stored_type])
-    if not np.isfinite(array).all():
-        raise ValueError(
-            f"{name} of {model} are not finite in {stored_type}. Try --dtype float32; if that does not help, the "
-            "weights are damaged."
-        )
-    return array
-
 
 class _Unit:
     """What a unit has become so far."""
@@ -204,17 +190,11 @@ class _Unit:
         self.drops: list[Drop] = []
         self._parts: dict[str, list[NDArray[Any]]] = {}
 
-    def add(
-        self,
-        found: dict[str, Tensor],
-        rows: list[str],
-        drops: list[Drop],
-        as_array: Callable[[str, Tensor], NDArray[Any]],
-    ) -> None:
+    def add(self, found: Arrays, rows: list[str], drops: list[Drop]) -> None:
         self.rows += rows
         self.drops += drops
         for name, values in found.items():
-            self._parts.setdefault(name, []).append(as_array(name, values))
+            self._parts.setdefault(name, []).append(values)
 
     def shard(self) -> Shard:
         arrays: Arrays = {name: np.concatenate(parts) for name, parts in self._parts.items()}
@@ -222,23 +202,46 @@ class _Unit:
 
 
 class _Copied:
-    """Values on their way to the CPU; `values` waits for them and for nothing that was launched later."""
+    """Values on their way to the CPU, rounded before; `values` waits for them and for nothing launched later."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stored_type: torch.dtype) -> None:
         self._parts: list[dict[str, Tensor]] = []
+        self._are_finite: list[dict[str, Tensor]] = []
+        self._stored_type = stored_type
         self._event = torch.cuda.Event() if device.type == "cuda" else None
 
     def add(self, values: dict[str, Tensor]) -> None:
-        self._parts.append({name: value.to("cpu", non_blocking=True) for name, value in values.items()})
+        stored = {name: value.to(self._stored_type) for name, value in values.items()}
+        self._are_finite.append({name: _fetched(value.isfinite().all()) for name, value in stored.items()})
+        self._parts.append({name: _fetched(value) for name, value in stored.items()})
 
     def record(self) -> None:
         if self._event is not None:
             self._event.record()
 
-    def values(self) -> dict[str, Tensor]:
+    def values(self, model: str) -> Arrays:
         if self._event is not None:
             self._event.synchronize()
-        return {name: torch.cat([part[name] for part in self._parts]) for name in (self._parts or [{}])[0]}
+        for name in (self._parts or [{}])[0]:
+            require_finite(all(bool(found[name]) for found in self._are_finite), name, self._stored_type, model)
+        return {name: torch.cat([part[name] for part in self._parts]).numpy() for name in (self._parts or [{}])[0]}
+
+
+def _fetched(value: Tensor) -> Tensor:
+    return value.to("cpu", non_blocking=True)
+
+
+def require_finite(is_finite: bool, name: str, stored_type: torch.dtype, model: str) -> None:
+    """Refuse to store what is no number.
+
+    Raises:
+        ValueError: unless `is_finite`.
+    """
+    if not is_finite:
+        raise ValueError(
+            f"{name} of {model} are not finite in {str(stored_type).removeprefix('torch.')}. Try --dtype float32; if "
+            "that does not help, the weights are damaged."
+        )
 
 
 class _Pictures(Dataset[Any]):

@@ -16,9 +16,11 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +31,7 @@ from safetensors.numpy import save_file
 
 from medclip_hf.data.parquet import require_writable
 from medclip_hf.data.stages import Drop, Tally
+from medclip_hf.data.workers import Task, TaskReport
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +170,47 @@ class EmbeddingStore:
         for leftover in (*self.folder.glob(".embeddings-*.tmp"), *self.folder.glob("set_aside/.*.tmp")):
             leftover.unlink(missing_ok=True)  # of processes that were killed
         return total
+
+
+class ShardWriter:
+    """Writes a shard in a thread while the next one is made; no more than these two are in memory.
+
+    A context: whoever leaves it early leaves no half-written shard and no thread behind.
+
+    Args:
+        store: where shards go.
+    """
+
+    def __init__(self, store: EmbeddingStore) -> None:
+        self.store = store
+        self._thread = ThreadPoolExecutor(1, "shards")
+        self._writing: tuple[Task, Future[Tally]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def write(self, task: Task, make_shard: Callable[[], Shard], drops: Sequence[Drop]) -> Iterator[TaskReport]:
+        """Begin with a unit once the one before, whose report this gives, is on disk."""
+        yield from self.finish()
+        self._writing = (task, self._thread.submit(lambda: self.store.write(task.number, make_shard(), drops)))
+
+    def finish(self) -> Iterator[TaskReport]:
+        """The report of the unit that is being written, once it is on disk.
+
+        Raises:
+            ValueError: it cannot be written, see `EmbeddingStore.write`.
+        """
+        if self._writing is not None:
+            (task, tally), self._writing = self._writing, None
+            yield TaskReport(task, len(self.store.rows_of(task.number)), tally.result())
+
+    def wait(self) -> None:
+        """Until nothing is being written: a process must not be forked amid it, with locks that nobody will release."""
+        if self._writing is not None:
+            futures.wait([self._writing[1]])
 
 
 def read_shards(folder: Path | str, names: Sequence[str] | None = None) -> Iterator[Shard]:

@@ -17,8 +17,8 @@ from medclip_hf.data.workers import Task, TaskReport
 from medclip_hf.evaluation.ct_zero_shot import Protocol as WindowProtocol
 from medclip_hf.evaluation.ct_zero_shot import Size, cut_window, plan_windows
 from medclip_hf.evaluation.embedding_cache import encode_in_batches
-from medclip_hf.evaluation.embedding_run import RunOptions, as_stored
-from medclip_hf.evaluation.embedding_store import EmbeddingStore, Shard
+from medclip_hf.evaluation.embedding_run import STORED_TYPES, RunOptions, require_finite
+from medclip_hf.evaluation.embedding_store import EmbeddingStore, Shard, ShardWriter
 from medclip_hf.modeling.fvlm.anatomy_masks_fvlm import anatomy_token_mask
 
 logger = logging.getLogger(__name__)
@@ -87,13 +87,14 @@ class ScanStep:
         """Do several units without a pause between them; each is reported once its shard is on disk."""
         indices = [index for task in tasks for index in self.store.rows_of(task.number)]
         cut_scans = iter(self._loader(indices))
-        for task in tasks:
-            rows = self.store.rows_of(task.number)
-            unit = _ScanUnit(self.model, self.options)
-            for index in rows:
-                unit.add(self.source.row_id(index), next(cut_scans))
-            shard = unit.shard()
-            yield TaskReport(task, len(rows), self.store.write(task.number, shard, unit.drops))
+        with ShardWriter(self.store) as writer:
+            for task in tasks:
+                unit = _ScanUnit(self.model, self.options)
+                for index in self.store.rows_of(task.number):
+                    unit.add(self.source.row_id(index), next(cut_scans))
+                unit.embed_the_rest()
+                yield from writer.write(task, unit.shard, unit.drops)
+            yield from writer.finish()
 
     def _loader(self, indices: list[int]) -> DataLoader[Any]:
         patch_size_dhw = tuple(self.model.config.vision_config.patch_size_dhw)
@@ -143,18 +144,22 @@ class _ScanUnit:
                 self._embed(waiting)
                 waiting.clear()
 
-    def shard(self) -> Shard:
-        """What all scans have become."""
+    def embed_the_rest(self) -> None:
+        """Embed the windows whose batch is not full: no other scan comes."""
         for waiting in self._waiting.values():
             if waiting:
                 self._embed(waiting)
         self._waiting.clear()
+
+    def shard(self) -> Shard:
+        """What all scans have become."""
         if not self._rows:
             return Shard((), {})
-        name = type(self.model).__name__
-        embeds = as_stored("anatomy_embeds", torch.stack(self._embeds), self.options.stored_type, name)
+        stored_type = STORED_TYPES[self.options.stored_type]
+        embeds = torch.stack(self._embeds).to(stored_type)
+        require_finite(bool(embeds.isfinite().all()), "anatomy_embeds", stored_type, type(self.model).__name__)
         is_present = torch.stack(self._is_present).numpy().astype(np.uint8)
-        return Shard(tuple(self._rows), {"anatomy_embeds": embeds, "anatomy_present": is_present})
+        return Shard(tuple(self._rows), {"anatomy_embeds": embeds.numpy(), "anatomy_present": is_present})
 
     def _embed(self, waiting: list[Waiting]) -> None:
         """Embed windows of one size."""
