@@ -107,36 +107,77 @@ def test_lines_of_one_image_are_one_image_with_several_captions(tmp_path):
     assert read_task_data(retrieval(split="all"), tmp_path).captions == (("first", "second"), ("third",))
 
 
-def make_dataset(folder):
+def make_dataset(shades, **columns):
+    """A table of pictures, each of one shade of grey, with labels of two declared classes."""
     import datasets
 
-    pictures = [str(paint(folder / f"{k}.png", (k, 0, 0))) for k in range(3)]
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "label": datasets.ClassLabel(names=["cyst", "mass"]),
-            "patient_id": datasets.Value("string"),
-        }
-    )
-    columns = {"image": pictures, "label": [1, 0, 1], "patient_id": ["x", "y", "y"]}
-    table = datasets.Dataset.from_dict(columns, features=features)
-    datasets.DatasetDict({"validation": table}).save_to_disk(folder / "saved")
+    pictures = []
+    for shade in shades:
+        buffer = io.BytesIO()
+        Image.new("RGB", (4, 4), (shade, shade, shade)).save(buffer, "PNG")
+        pictures.append({"bytes": buffer.getvalue(), "path": None})
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cyst", "mass"])}
+    values = {"image": pictures, "label": [k % 2 for k in range(len(shades))], **columns}
+    more = {name: datasets.Value("string") for name in columns if name not in features}
+    return datasets.Dataset.from_dict(values, features=datasets.Features(features | more))
+
+
+def save_splits(folder, **tables):
+    import datasets
+
+    datasets.DatasetDict(tables).save_to_disk(folder)
+    return f"datasets:{folder}"
 
 
 def test_a_data_set_of_hugging_face_is_read_by_its_features(tmp_path):
-    make_dataset(tmp_path)
-    data = read_task_data(classification(split="val"), f"datasets:{tmp_path / 'saved'}")
+    table = make_dataset([0, 1, 2], label=[1, 0, 1], patient_id=["x", "y", "y"])
+    source = save_splits(tmp_path / "saved", val=table, train=make_dataset([3, 4]))
+    data = read_task_data(classification(split="validation"), source)
     assert data.class_names == ("cyst", "mass")
     assert data.labels.tolist() == [1, 0, 1]
     assert data.patients.tolist() == ["x", "y", "y"]
     assert data.items[0].read()[1:4] == b"PNG"
-    again = read_task_data(classification(split="validation"), f"datasets:{tmp_path / 'saved'}")
-    assert again.identity == data.identity
-    with pytest.raises(ValueError, match=r"has the splits \['validation'\]"):
-        read_task_data(classification(split="test"), f"datasets:{tmp_path / 'saved'}")
+    assert read_task_data(classification(split="val"), source).identity == data.identity
+    assert len(read_task_data(classification(split="all"), source).items) == 5
+    with pytest.raises(ValueError, match=r"no row of the split 'test'.*the splits there are train, validation"):
+        read_task_data(classification(), source)
+
+
+def test_a_class_that_a_data_set_declares_and_never_shows_is_named(tmp_path):
+    data = read_task_data(classification(), save_splits(tmp_path / "saved", test=make_dataset([0, 1], label=[0, 0])))
+    assert data.empty_classes == ("mass",)
+
+
+def test_a_single_table_of_hugging_face_has_the_splits_of_its_column_or_none(tmp_path):
+    make_dataset([0, 1, 2], split=["train", "test", "test"]).save_to_disk(tmp_path / "named")
+    data = read_task_data(classification(), f"datasets:{tmp_path / 'named'}")
+    assert data.labels.tolist() == [1, 0]
+    make_dataset([0, 1, 2]).save_to_disk(tmp_path / "plain")
+    source = f"datasets:{tmp_path / 'plain'}"
+    assert read_task_data(classification(split="all"), source).labels.tolist() == [0, 1, 0]
+    with pytest.raises(ValueError, match="its rows name no split"):
+        read_task_data(classification(), source)
+
+
+def test_an_image_in_two_splits_of_hugging_face_is_refused_by_its_bytes_or_its_identifier(tmp_path):
+    source = save_splits(tmp_path / "bytes", test=make_dataset([0, 1]), train=make_dataset([2, 1]))
+    with pytest.raises(ValueError, match="1 images of the split 'test' are in another split"):
+        read_task_data(classification(), source)
+    tables = {"test": make_dataset([0, 1], id=["a", "b"]), "train": make_dataset([2, 3], id=["b", "c"])}
+    with pytest.raises(ValueError, match="1 images of the split 'test' are in another split"):
+        read_task_data(classification(), save_splits(tmp_path / "ids", **tables))
 
 
 # Wrong rows are named and counted.
+
+
+def test_a_broken_row_counts_for_the_split_of_its_file_alone(tmp_path):
+    for name in ("a", "b", "c"):
+        paint(tmp_path / f"{name}.png", (ord(name), 0, 0))
+    write_csv(tmp_path / "test.csv", ["image", "label"], [["a.png", "cyst"], ["b.png", "mass"], ["", "mass"]])
+    write_csv(tmp_path / "validation.csv", ["image", "label"], [["c.png", "cyst"]])
+    assert read_task_data(classification(layout="label_table"), tmp_path).counts == {"in use": 2, "names no image": 1}
+    assert read_validation_data(classification(layout="label_table"), tmp_path).counts == {"in use": 1}
 
 
 def test_rows_that_cannot_be_used_are_named_and_counted(tmp_path):
@@ -259,7 +300,7 @@ def test_an_image_in_two_splits_is_refused_by_name_and_by_content(tmp_path):
     write_csv(tmp_path / "t.csv", ["path", "label", "split"], rows)
     with pytest.raises(ValueError, match=r"1 images of the split 'test' are in another split.*a\.png"):
         read_task_data(classification(), tmp_path)
-    paint(tmp_path / "copy.png", (ord("a"), 0, 0))
+    paint(tmp_path / "images" / "copy.png", (ord("a"), 0, 0))
     write_csv(tmp_path / "t.csv", ["path", "label", "split"], [*rows[:2], ["copy.png", "cyst", "train"]])
     with pytest.raises(ValueError, match="in another split"):
         read_task_data(classification(), tmp_path)

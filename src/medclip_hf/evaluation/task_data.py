@@ -150,19 +150,23 @@ def read_task_data(
         MissingSplit: the data have no row of the split.
         ValueError: an image is in two splits, nothing is left, or as `read_rows`.
     """
-    rows, broken = _rows_of(task, source, columns or {})
+    rows, broken, declared = _rows_of(task, source, columns or {})
+    if task.class_names is None and declared is not None:
+        task = replace(task, class_names=declared)
     split = canonical_split(task.split)
     chosen = rows if split == ALL_SPLITS else [row for row in rows if row.split == split]
     if not chosen:
-        found = sorted({row.split or "none" for row in rows})
+        found = sorted({row.split for row in rows if row.split is not None})
+        there = f"the splits there are {', '.join(found)}" if found else "its rows name no split"
         raise MissingSplit(
-            f"{task.name}: no row of the split {task.split!r} in {source}; the splits there are "
-            f"{', '.join(found) or 'none at all'}. Name one of them, or {ALL_SPLITS!r} for every row."
+            f"{task.name}: no row of the split {task.split!r} in {source}; {there}. Name one of them, or "
+            f"{ALL_SPLITS!r} for every row."
         )
     folder = None if str(source).startswith(DATASETS_PREFIX) else Path(source)
     if split != ALL_SPLITS:
         _refuse_leaks(rows, split, folder, task)
-    build = _Builder(task, folder, uncertain, [SetAside(row.where, row.reason) for row in broken])
+    of_split = [row for row in broken if split == ALL_SPLITS or row.split in (None, split)]
+    build = _Builder(task, folder, uncertain, [SetAside(row.where, row.reason) for row in of_split])
     data = build.retrieval(chosen) if task.task_type == "retrieval" else build.classification(chosen, rows)
     if not data.items:
         first = data.set_aside[0]
@@ -196,11 +200,16 @@ def read_validation_data(
         return None
 
 
-def _rows_of(task: Task, source: str | Path, columns: Mapping[str, str]) -> tuple[list[RawRow], list[BrokenRow]]:
+def _rows_of(
+    task: Task, source: str | Path, columns: Mapping[str, str]
+) -> tuple[list[RawRow], list[BrokenRow], tuple[str, ...] | None]:
+    """Rows, lines that are none, and the class names that the data declare."""
     if str(source).startswith(DATASETS_PREFIX):
-        return read_dataset_rows(str(source).removeprefix(DATASETS_PREFIX), task.split, task, columns), []
+        rows, class_names = read_dataset_rows(str(source).removeprefix(DATASETS_PREFIX), task, columns)
+        return rows, [], class_names
     entries = list(read_rows(Path(source), task, columns))
-    return [row for row in entries if isinstance(row, RawRow)], [row for row in entries if isinstance(row, BrokenRow)]
+    rows = [row for row in entries if isinstance(row, RawRow)]
+    return rows, [row for row in entries if isinstance(row, BrokenRow)], None
 
 
 def _refuse_leaks(rows: Sequence[RawRow], split: str, folder: Path | None, task: Task) -> None:
@@ -209,8 +218,7 @@ def _refuse_leaks(rows: Sequence[RawRow], split: str, folder: Path | None, task:
     others = [row for row in rows if row.split is not None and row.split != split]
     other_ids = {row.item_id for row in others}
     leaks = sorted({row.item_id for row in tested if row.item_id in other_ids})
-    if not leaks and folder is not None:
-        leaks = _equal_files(tested, others, folder)
+    leaks = leaks or _equal_images(tested, others, folder)
     if leaks:
         raise ValueError(
             f"{task.name}: {len(leaks)} images of the split {split!r} are in another split too, among them "
@@ -219,30 +227,53 @@ def _refuse_leaks(rows: Sequence[RawRow], split: str, folder: Path | None, task:
         )
 
 
-def _equal_files(tested: Sequence[RawRow], others: Sequence[RawRow], folder: Path) -> list[str]:
-    """Ids of tested images whose file equals one of another split; only files of equal size are read."""
-    by_size: dict[int, list[Path]] = {}
+def _equal_images(tested: Sequence[RawRow], others: Sequence[RawRow], folder: Path | None) -> list[str]:
+    """Ids of tested images that equal one of another split byte for byte; only those of equal size are read."""
+    by_size: dict[int, list[RawRow]] = {}
     for row in others:
-        path = folder / (row.path or "")
-        if row.path and path.is_file():
-            by_size.setdefault(path.stat().st_size, []).append(path)
+        if size := _num_bytes(row, folder):
+            by_size.setdefault(size, []).append(row)
     hashes: dict[int, set[bytes]] = {}
     leaks = []
     for row in tested:
-        path = folder / (row.path or "")
-        size = path.stat().st_size if row.path and path.is_file() else -1
+        size = _num_bytes(row, folder)
         if size not in by_size:
             continue
         if size not in hashes:
-            hashes[size] = {_file_hash(other) for other in by_size[size]}
-        if _file_hash(path) in hashes[size]:
+            hashes[size] = {_hash_of(other, folder) for other in by_size[size]}
+        if _hash_of(row, folder) in hashes[size]:
             leaks.append(row.item_id)
     return sorted(leaks)
 
 
-def _file_hash(path: Path) -> bytes:
-    with path.open("rb") as file:
+def _num_bytes(row: RawRow, folder: Path | None) -> int:
+    """Bytes of an encoded image; 0 where it is not there."""
+    if folder is None:
+        return row.num_bytes
+    try:
+        return _find_image(folder, row.path or "").stat().st_size
+    except UnreadableImage:
+        return 0
+
+
+def _hash_of(row: RawRow, folder: Path | None) -> bytes:
+    if folder is None:
+        assert row.read is not None  # rows without a folder bring their images
+        return hashlib.blake2b(row.read(), digest_size=16).digest()
+    with _find_image(folder, row.path or "").open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+
+
+def _find_image(folder: Path, relative: str) -> Path:
+    """The file of an image: below the folder, or below its folder `images`.
+
+    Raises:
+        UnreadableImage: there is none, or it lies outside.
+    """
+    for path in (path_inside(folder, relative), path_inside(folder, f"images/{relative}")):
+        if path.is_file():
+            return path
+    raise UnreadableImage("image listed but absent", f"{path_inside(folder, relative)} is no file")
 
 
 def _read_picture(path: Path) -> bytes:
@@ -340,24 +371,14 @@ class _Builder:
         """The image of a row, or None once it is set aside."""
         if row.read is not None:
             return ImageItem(row.item_id, row.fingerprint, row.read)
+        assert self.folder is not None  # rows without `read` come from a folder
         try:
-            path = self._find(row.path or "")
+            path = _find_image(self.folder, row.path or "")
         except UnreadableImage as error:
             self.set_aside.append(SetAside(row.where, error.reason, error.detail))
             return None
         status = path.stat()
         return ImageItem(row.item_id, f"{status.st_size}:{status.st_mtime_ns}", partial(_read_picture, path))
-
-    def _find(self, relative: str) -> Path:
-        """The file of an image: below the folder, or below its folder `images`."""
-        assert self.folder is not None  # rows without `read` come from a folder
-        path = path_inside(self.folder, relative)
-        if not path.is_file():
-            below_images = path_inside(self.folder, f"images/{relative}")
-            if not below_images.is_file():
-                raise UnreadableImage("image listed but absent", f"{path} is no file")
-            path = below_images
-        return path
 
     def _names_in(self, rows: Sequence[RawRow]) -> tuple[str, ...]:
         if rows and rows[0].cells is not None:

@@ -45,6 +45,7 @@ class RawRow:
         where: file and line, for messages.
         path: of the image, relative to the folder; None where `read` gives it.
         read: the encoded image of a row that has no file.
+        num_bytes: how many `read` gives.
         fingerprint: of what `read` gives.
         labels: names or numbers of its classes, as written; None where the layout has a cell for each class.
         cells: (class, cell) of such a layout.
@@ -57,6 +58,7 @@ class RawRow:
     where: str
     path: str | None = None
     read: Callable[[], bytes] | None = None
+    num_bytes: int = 0
     fingerprint: str = ""
     labels: tuple[str, ...] | None = None
     cells: tuple[tuple[str, str], ...] | None = None
@@ -67,10 +69,11 @@ class RawRow:
 
 @dataclass(frozen=True)
 class BrokenRow:
-    """A line that is no row, and why."""
+    """A line that is no row, and why; `split` where its file or folder says which."""
 
     where: str
     reason: str
+    split: str | None = None
 
 
 Rows = Iterator[RawRow | BrokenRow]
@@ -143,19 +146,20 @@ def _folder_rows(folder: Path) -> Rows:
     for top in splits or [folder]:
         for class_folder in _folders(top):
             files = [path for path in sorted(class_folder.rglob("*")) if path.is_file() and path.name[0] != "."]
+            split = canonical_split(top.name) if splits else None
             if not files:
-                yield BrokenRow(class_folder.relative_to(folder).as_posix(), "class folder without a file")
+                yield BrokenRow(class_folder.relative_to(folder).as_posix(), "class folder without a file", split)
             for path in files:
                 relative = path.relative_to(folder).as_posix()
                 if path.suffix.lower() not in IMAGE_ENDINGS:
-                    yield BrokenRow(relative, "not an image file")
+                    yield BrokenRow(relative, "not an image file", split)
                     continue
                 yield RawRow(
                     item_id=relative,
                     where=relative,
                     path=relative,
                     labels=(class_folder.name,),
-                    split=canonical_split(top.name) if splits else None,
+                    split=split,
                 )
 
 
@@ -237,10 +241,10 @@ def _table_row(
     where: str, row: dict[str, Any], names: Mapping[str, str], classes: Sequence[str], split: str | None
 ) -> RawRow | BrokenRow:
     if None in row or any(value is None for value in row.values()):
-        return BrokenRow(where, "another number of cells than the header")
+        return BrokenRow(where, "another number of cells than the header", split)
     path = row[names["image"]].strip()
     if not path:
-        return BrokenRow(where, "names no image")
+        return BrokenRow(where, "names no image", split)
     label = row.get(names.get("label", ""), "").strip()
     return RawRow(
         item_id=row.get(names.get("id", ""), "").strip() or path,
@@ -265,18 +269,18 @@ def _line_row(where: str, line: str, columns: Mapping[str, str], split: str | No
     try:
         record = json.loads(line)
     except json.JSONDecodeError:
-        return BrokenRow(where, "not JSON")
+        return BrokenRow(where, "not JSON", split)
     if not isinstance(record, dict):
-        return BrokenRow(where, "not a JSON object")
+        return BrokenRow(where, "not a JSON object", split)
     values = {
         key: _first_of(record, (columns[key],) if key in columns else words) for key, words in COLUMN_WORDS.items()
     }
     path, captions = values["image"], values["caption"]
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(path, str) or not path.strip():
-        return BrokenRow(where, "names no image")
+        return BrokenRow(where, "names no image", split)
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        return BrokenRow(where, "has no caption")
+        return BrokenRow(where, "has no caption", split)
     return RawRow(
         item_id=str(values["id"] or path),
         where=where,
@@ -303,42 +307,62 @@ def _split_of_file(path: Path) -> str | None:
 # Hugging Face datasets -------------------------------------------------------------------------------------------
 
 
-def read_dataset_rows(name: str, split: str, task: Task, columns: Mapping[str, str] | None = None) -> list[RawRow]:
-    """The rows of one split of a data set on the Hub, or of a folder written by `save_to_disk`.
+def read_dataset_rows(
+    name: str, task: Task, columns: Mapping[str, str] | None = None
+) -> tuple[list[RawRow], tuple[str, ...] | None]:
+    """The rows of every split of a data set on the Hub, or of a folder written by `save_to_disk`; and its class names.
+
+    The names are those of a `ClassLabel`, None where the features name none. The rows of a single table that has no
+    column for splits have none.
 
     Args:
         name: repository, or folder.
-        split: as `datasets` calls it, or a word for it.
         task: names the classes where the features do not.
         columns: see `read_rows`.
 
     Raises:
-        MissingSplit: it has no such split.
         ValueError: the data set is not there, or it has no column of images.
     """
-    table = _load_split(name, split)
-    names = _dataset_columns(table, columns or {}, name)
-    table = table.cast_column(names["image"], _undecoded_image())
-    label_names = _label_names(table.features.get(names.get("label", ""))) if "label" in names else None
-    plain = table.remove_columns([column for column in table.column_names if column == names["image"]])
-    rows = []
-    for place, record in enumerate(plain):
+    rows: list[RawRow] = []
+    class_names: tuple[str, ...] | None = None
+    for split, table in _load_splits(name).items():
+        names = _dataset_columns(table, columns or {}, name)
+        table = table.cast_column(names["image"], _undecoded_image())
+        label_names = _label_names(table.features.get(names.get("label", "")))
+        class_names = class_names or (tuple(label_names) if label_names else None)
+        rows += _dataset_rows(f"{name} {split or ''}".strip(), split, table, names, label_names, task)
+    return rows, class_names
+
+
+def _dataset_rows(
+    where: str, split: str | None, table: Any, names: Mapping[str, str], label_names: Sequence[str] | None, task: Task
+) -> Iterator[RawRow]:
+    num_bytes = _image_sizes(table, names["image"])
+    for place, record in enumerate(table.remove_columns([names["image"]])):
         values = {key: record.get(column) for key, column in names.items()}
         captions = [values["caption"]] if isinstance(values.get("caption"), str) else values.get("caption") or []
-        rows.append(
-            RawRow(
-                item_id=str(values.get("id") if values.get("id") is not None else place),
-                where=f"{name} row {place}",
-                read=_DatasetImage(table, place, names["image"]),
-                fingerprint=f"{table._fingerprint}:{place}",
-                labels=_dataset_labels(values.get("label"), label_names),
-                cells=_dataset_cells(record, task),
-                captions=tuple(str(caption) for caption in captions if str(caption).strip()),
-                split=canonical_split(split),
-                patient=str(values["patient"]) if values.get("patient") is not None else None,
-            )
+        yield RawRow(
+            item_id=str(values["id"]) if values.get("id") is not None else f"{split or ''} {place}".strip(),
+            where=f"{where} row {place}",
+            read=_DatasetImage(table, place, names["image"]),
+            num_bytes=num_bytes[place],
+            fingerprint=f"{table._fingerprint}:{place}",
+            labels=_dataset_labels(values.get("label"), label_names),
+            cells=_dataset_cells(record, task),
+            captions=tuple(str(caption) for caption in captions if str(caption).strip()),
+            split=split or _split_of_cell(str(values.get("split") or "")),
+            patient=str(values["patient"]) if values.get("patient") is not None else None,
         )
-    return rows
+
+
+def _image_sizes(table: Any, column: str) -> list[int]:
+    """Bytes of every encoded image; 0 where the table holds a path alone. No image is read for it."""
+    import pyarrow.compute as pc
+
+    sizes: list[int] = []
+    for batch in table.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+        sizes += [size or 0 for size in pc.binary_length(pc.struct_field(batch.column(0), "bytes")).to_pylist()]
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -354,7 +378,8 @@ class _DatasetImage:
         return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
 
-def _load_split(name: str, split: str) -> Any:
+def _load_splits(name: str) -> dict[str | None, Any]:
+    """The tables by canonical split; one table alone has none."""
     import datasets
 
     try:
@@ -367,11 +392,8 @@ def _load_split(name: str, split: str) -> Any:
     except Exception as error:  # the builders of data sets raise any type; each is this data set's fault
         raise ValueError(f"datasets cannot load {name}: {type(error).__name__}: {error}") from error
     if isinstance(loaded, datasets.Dataset):
-        return loaded
-    found = {canonical_split(word): word for word in loaded}
-    if canonical_split(split) not in found:
-        raise MissingSplit(f"{name} has the splits {sorted(loaded)}, not {split!r}")
-    return loaded[found[canonical_split(split)]]
+        return {None: loaded}
+    return {canonical_split(split): table for split, table in loaded.items()}
 
 
 def _undecoded_image() -> Any:
