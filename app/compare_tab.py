@@ -15,6 +15,7 @@ from picture_tab import (
     checked_texts,
     chosen_example,
     concept_box,
+    darkness,
     example_thumbnails,
     forget,
     heatmap,
@@ -80,7 +81,8 @@ class CompareTab:
         chosen = self.thumbs.click(self.on_example, inputs, [self.upload, *shown], **MODEL_EVENT)
         for event in (compared, chosen):
             event.then(fn=None, js=markup.scroll_to("compare-message"))
-        self.table.click(self.on_concept, [self.opacity], self.views, **QUICK_EVENT)
+        clicked = self.table.click(self.on_concept, [self.opacity], self.views, **QUICK_EVENT)
+        clicked.then(fn=None, js=markup.scroll_to("compare-message"))
         self.opacity.input(self.on_opacity, [self.opacity], self.views, **QUICK_EVENT)
 
     def compare(
@@ -100,7 +102,11 @@ class CompareTab:
             bare = markup.picture(markup.fitted(image, VIEW_SIDE), "The picture")
             return markup.error_message(in_a_sentence(error)), bare, bare, ""
         kept[FOUND], kept[CONCEPT] = found, next(iter(found[0].scores))
-        return (markup.status("Compared."), *both_views(kept, opacity), table_of_both(found, left, right))
+        return (
+            markup.status("Compared." + darkness(image)),
+            *both_views(kept, opacity),
+            table_of_both(found, left, right),
+        )
 
     def on_upload(
         self, path: str | None, concepts: list[str], left: str, right: str, opacity: float, request: gr.Request
@@ -152,8 +158,8 @@ def table_of_both(found: Sequence[Annotation], left: str, right: str) -> str:
     """Concepts with the scores of both models, in the order of the left one."""
     rows = [markup.Row(name, name, "", [score, found[1].scores[name]]) for name, score in found[0].scores.items()]
     return markup.score_table(
-        ["Concept", f"Left: {left}", f"Right: {right}"],
+        ["Concept", "Left", "Right"],
         rows,
-        caption="Probability of each concept by each model. Choose one to see where both look.",
+        caption=f"Probability of each concept. Left: {left}. Right: {right}. Choose a concept to see where both look.",
         pressed=rows[0].choice,
     )

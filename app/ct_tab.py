@@ -35,9 +35,9 @@ def read_scan(
     Raises:
         ValueError: it cannot be used, in a sentence without the server's path.
     """
+    check_volume(scan)
     if labels is None and not is_whole:
         raise ValueError(_NO_MASK)
-    check_volume(scan)
     if labels is not None:
         check_volume(labels)
     orientation = model.pipe.image_processor.orientation
@@ -130,12 +130,9 @@ class CTTab:
                     slider = gr.Slider(1, 2, value=1, step=1, label=f"{plane} slice", elem_id=f"ct-slider-{name}")
                     self.sliders.append(slider)
         self.legend = gr.HTML("", elem_id="ct-legend")
-        with gr.Row():
-            levels = list(HU_WINDOWS)
-            self.hu_window = gr.Radio(levels, value=levels[0], label="Grey levels", scale=3)
-            self.outlines = gr.Checkbox(
-                True, label="Outline the anatomies", elem_id="ct-outlines", min_width=160, scale=1
-            )
+        levels = list(HU_WINDOWS)
+        self.hu_window = gr.Radio(levels, value=levels[0], label="Grey levels")
+        self.outlines = gr.Checkbox(True, label="Outline the anatomies", elem_id="ct-outlines")
         self.chosen = gr.HTML("", elem_id="ct-window")
         self.table = gr.HTML("", js_on_load=markup.ON_LOAD, elem_id="ct-table")
 
@@ -148,7 +145,8 @@ class CTTab:
         picked = self.thumbs.click(self.on_example, [self.model, *looks], [*files, *shown], **MODEL_EVENT)
         for event in (scored, picked):
             event.then(fn=None, js=markup.scroll_to("ct-message"))
-        self.table.click(self.on_finding, looks, [*self.views, *self.sliders, self.chosen], **QUICK_EVENT)
+        clicked = self.table.click(self.on_finding, looks, [*self.views, *self.sliders, self.chosen], **QUICK_EVENT)
+        clicked.then(fn=None, js=markup.scroll_to("ct-message"))
         for axis, slider in enumerate(self.sliders):
             slider.input(self._scroll(axis), [slider, *looks], [self.views[axis]], **QUICK_EVENT)
         for control in (self.hu_window, self.outlines):

@@ -3,9 +3,11 @@
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from examples import DRAWN_CT_FINDINGS
 
 from medclip_hf.cli.loading import load_pipeline, model_type_of
 
@@ -23,7 +25,6 @@ DEMO_FOLDERS = {
         "demo fVLM, false negatives not reduced": "fvlm/per_anatomy/final",
     },
 }
-PHANTOM_FINDINGS = Path(__file__).with_name("phantom_findings.json")
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Model:
         pipe: its pipeline.
         findings: that an fVLM scores; None: those of CT-RATE.
         is_untrained: whether its weights are random.
+        is_demo: whether it learned from drawings alone.
     """
 
     pipe: Any
     findings: tuple[Any, ...] | None = None
     is_untrained: bool = False
+    is_demo: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Models:
     def untrained(self) -> list[str]:
         """Names of the models whose weights are random."""
         return [name for name, model in {**self.conceptclip, **self.fvlm}.items() if model.is_untrained]
+
+    @property
+    def has_demo(self) -> bool:
+        """Whether a model is among them that learned from drawings alone."""
+        return any(model.is_demo for model in (*self.conceptclip.values(), *self.fvlm.values()))
 
 
 def load_models(chosen: argparse.Namespace, folder: Path) -> Models:
@@ -71,9 +79,9 @@ def load_models(chosen: argparse.Namespace, folder: Path) -> Models:
             names = _short_names(named)
             shown[kind] = {name: _load(kind, place, chosen.device, findings) for name, place in names.items()}
             continue
-        in_words = findings or _read_findings(PHANTOM_FINDINGS)  # of the drawn torsos' reports
+        in_words = findings or DRAWN_CT_FINDINGS
         shown[kind] = {
-            name: _load(kind, str(chosen.demo_output / place), chosen.device, in_words)
+            name: replace(_load(kind, str(chosen.demo_output / place), chosen.device, in_words), is_demo=True)
             for name, place in DEMO_FOLDERS[kind].items()
             if (chosen.demo_output / place / "config.json").is_file()
         }
@@ -81,7 +89,7 @@ def load_models(chosen: argparse.Namespace, folder: Path) -> Models:
             from untrained import make_untrained
 
             made = _load(kind, str(make_untrained(kind, folder / f"untrained_{kind}")), chosen.device, in_words)
-            shown[kind] = {f"untrained {KINDS[kind]}": Model(made.pipe, made.findings, is_untrained=True)}
+            shown[kind] = {f"untrained {KINDS[kind]}": replace(made, is_untrained=True)}
     return Models(**shown)
 
 

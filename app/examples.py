@@ -1,7 +1,7 @@
 """Examples that load in one click: drawn figures and drawn torsos, nobody's images."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +13,9 @@ from medclip_hf.data.phantoms.figures import draw_figure
 from medclip_hf.data.phantoms.findings import FINDINGS as FIGURE_FINDINGS
 from medclip_hf.data.phantoms.torso_files import FIRST_PATIENT, write_ct_rate
 from medclip_hf.data.phantoms.torso_findings import FINDINGS as TORSO_FINDINGS
+from medclip_hf.data.phantoms.torso_reports import PROMPTS as TORSO_PROMPTS
 from medclip_hf.data.phantoms.torsos import TorsoSettings, plan_patient
+from medclip_hf.evaluation.ct_zero_shot import CT_RATE_FINDINGS
 
 FIGURE_CONCEPTS = tuple(finding.name for finding in FIGURE_FINDINGS)
 FIGURE_PROMPTS = ("Chest radiograph showing nodule.", "Ultrasound image showing linear scarring.", "Skin photograph.")
@@ -34,6 +36,12 @@ _TORSOS = TorsoSettings(
         *("emphysema", "ground-glass opacity", "pleural effusion", "cardiomegaly"),
         *("pericardial effusion", "hiatal hernia", "aortic wall calcification"),
     ),
+)
+# In the words of the drawn torsos' reports, from which the demo models learned.
+DRAWN_CT_FINDINGS = tuple(
+    replace(finding, absent=TORSO_PROMPTS[finding.name][0], present=TORSO_PROMPTS[finding.name][1])
+    for finding in CT_RATE_FINDINGS
+    if finding.name in TORSO_PROMPTS
 )
 _TORSO_SEEDS = {"Torso with effusion": 26, "Torso with large heart": 38, "Torso without findings": 0}
 

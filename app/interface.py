@@ -1,7 +1,10 @@
 """The page: its head, its tabs, and how it is served."""
 
+import logging
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import markup
@@ -12,8 +15,26 @@ from examples import draw_torsos
 from picture_tab import PictureTab
 from sessions import Sessions
 
+logger = logging.getLogger(__name__)
+
+UNEXPECTED = "That did not work: the server could not use what was sent. Reload the page and try again."
 _FONTS = ("system-ui", "sans-serif")  # of the visitor's machine: none is fetched
 _CACHE_SECONDS = (300, 3600)  # how often is looked for files, and how old they may get; those of a session go with it
+
+
+class Page(gr.Blocks):
+    """A page that says a sentence where Gradio says "Error" alone: to a forged path, to an argument of a wrong kind."""
+
+    async def process_api(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """As Gradio's; what no tab foresaw becomes a sentence, and a line in the log that tells nothing of them."""
+        try:
+            return await super().process_api(*args, **options)
+        except gr.Error:
+            raise
+        except Exception as error:  # whatever it was, the visitor learns only that it was
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            logger.error("%s in %s, line %s", type(error).__name__, last.filename, last.lineno)
+            raise gr.Error(UNEXPECTED, print_exception=False) from None
 
 
 def build(models: Models, sessions: Sessions, examples: Path) -> gr.Blocks:
@@ -24,11 +45,13 @@ def build(models: Models, sessions: Sessions, examples: Path) -> gr.Blocks:
         sessions: where visitors' data are kept.
         examples: folder for the drawn scans; made.
     """
-    with gr.Blocks(title="medclip-hf demo", analytics_enabled=False, delete_cache=_CACHE_SECONDS) as page:
+    with Page(title="medclip-hf demo", analytics_enabled=False, delete_cache=_CACHE_SECONDS) as page:
         gr.HTML(
             '<div class="mc-head"><h1>medclip-hf</h1><p>Pictures with ConceptCLIP, CT scans with fVLM: scores, and '
             f'what they rest on.</p></div><div class="mc-device">{markup.NOTICE}</div>'
         )
+        if models.has_demo:
+            gr.HTML(f'<p class="mc-status">{markup.DEMO_NOTICE}</p>')
         if models.untrained:
             gr.HTML(
                 f'<div class="mc-untrained" role="alert">{" and ".join(models.untrained)}: '

@@ -16,6 +16,10 @@ NOTICE = (
     "Not a medical device. For research only: nothing on this page may guide diagnosis or "
     "treatment. Upload nothing that tells who a patient is."
 )
+DEMO_NOTICE = (
+    "The demo models learned from drawings alone. What they say of the examples shows how the page works; what they "
+    "say of a real picture or scan means nothing."
+)
 # Rows and thumbnails are buttons, so the keyboard reaches them; the pressed one is marked without a new rendering,
 # which would take the focus away.
 ON_LOAD = """

@@ -19,6 +19,7 @@ from medclip_hf.pipelines.inputs import shipped_vocabulary
 VIEW_SIDE = 560  # pixels of the longer side
 THUMBNAIL_SIDE = 96
 MAX_TEXTS, MAX_LETTERS = 50, 300
+_DARK = 32  # of 255
 KEY, FOUND, CONCEPT = "picture", "annotation", "concept"
 # One question at a time for a model; what is quick need not wait for it.
 MODEL_EVENT: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "conceptclip", "concurrency_limit": 1}
@@ -161,7 +162,8 @@ class PictureTab:
         chosen = self.thumbs.click(self.on_example, inputs, [self.upload, *shown], **MODEL_EVENT)
         for event in (scored, chosen):
             event.then(fn=None, js=markup.scroll_to("picture-message"))
-        self.table.click(self.on_concept, [self.opacity], [self.view], **QUICK_EVENT)
+        clicked = self.table.click(self.on_concept, [self.opacity], [self.view], **QUICK_EVENT)
+        clicked.then(fn=None, js=markup.scroll_to("picture-message"))
         self.opacity.input(self.on_opacity, [self.opacity], [self.view], **QUICK_EVENT)
 
     def score(
@@ -180,8 +182,8 @@ class PictureTab:
             return markup.error_message(in_a_sentence(error)), bare, "", ""
         kept[FOUND], kept[CONCEPT] = found, next(iter(found.scores), "")
         view = heatmap(found, kept[CONCEPT], opacity) if found.scores else bare
-        said = markup.status("Scored. Choose a concept in the table to see where it is.")
-        return said, view, concept_table(found), prompt_answers(answers)
+        said = "Scored. Choose a concept in the table to see where it is." if found.scores else "Scored."
+        return markup.status(said + darkness(image)), view, concept_table(found), prompt_answers(answers)
 
     def _ask(
         self, name: str, image: Image.Image, concepts: Sequence[str], prompts: Sequence[str]
@@ -273,7 +275,21 @@ def prompt_answers(answers: Sequence[tuple[str, float]]) -> str:
     """Prompts with their probabilities."""
     if not answers:
         return ""
-    return markup.plain_table(["Prompt", "Probability"], answers, caption="Prompts, one against the other.")
+    caption = "Prompts, one against the other."
+    if len(answers) == 1:
+        caption = "One prompt alone always has probability 1: add another for it to be compared with."
+    return markup.plain_table(["Prompt", "Probability"], answers, caption=caption)
+
+
+def darkness(image: Image.Image) -> str:
+    """What to say of a picture that is all but black, as 12 bits are when they are stored in 16; else nothing."""
+    brightest = max(high for _, high in image.getextrema())
+    if brightest >= _DARK:
+        return ""
+    return (
+        f" The picture is all but black: its brightest value is {brightest} of 255, so the scores mean little. Export "
+        "it with a grey-level window, or upload the DICOM file."
+    )
 
 
 def chosen_example(event: gr.EventData) -> Image.Image:

@@ -13,6 +13,7 @@ from medclip_hf.pipelines.inputs import read_picture
 from medclip_hf.processing.conceptclip import to_rgb
 
 MAX_PICTURE_BYTES = 64 * 2**20
+MAX_SIDE = 2048  # pixels that are kept: several times what a model sees, and 12 MB of memory at most
 MAX_VOXELS = 2**28  # 1024 slices of 512 × 512
 MAX_IDLE_S = 3600.0
 _SWEEP_EVERY_S = 60.0
@@ -109,7 +110,7 @@ class Sessions:
 
 
 def read_upload(path: Path) -> Image.Image:
-    """The picture of an upload as RGB, upright.
+    """The picture of an upload as RGB, upright, its longer side at most `MAX_SIDE`.
 
     Raises:
         ValueError: in a sentence, without the server's path.
@@ -126,9 +127,9 @@ def read_upload(path: Path) -> Image.Image:
         if path.name.lower().endswith(NIFTI_ENDINGS):
             raise ValueError(f"{path.name} is a volume. Upload it in the tab “CT scan”.")
         if head[_DICOM_PREAMBLE:] == _DICOM_MARK:
-            return to_rgb(read_picture(path))
+            return _kept(read_picture(path))
         # Only decoders without an interpreter behind them.
-        return to_rgb(decode_image(open_image(read_file(path, MAX_PICTURE_BYTES), path.name), path.name))
+        return _kept(decode_image(open_image(read_file(path, MAX_PICTURE_BYTES), path.name), path.name))
     except UnreadableImage as error:
         raise ValueError(
             f"{path.name} cannot be read as a picture: {error.reason}. Upload a PNG, JPEG, TIFF, BMP, WebP or "
@@ -136,6 +137,12 @@ def read_upload(path: Path) -> Image.Image:
         ) from error
     except (OSError, ValueError) as error:
         raise ValueError(in_a_sentence(error, path)) from error
+
+
+def _kept(image: Any) -> Image.Image:
+    picture = to_rgb(image)
+    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BICUBIC)
+    return picture
 
 
 def check_volume(path: Path) -> None:

@@ -1,11 +1,10 @@
 """Tiny models with random weights, to see the page where nothing was trained; the page says in red that they are."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from examples import FIGURE_CONCEPTS, FIGURE_PROMPTS
+from examples import DRAWN_CT_FINDINGS, FIGURE_CONCEPTS, FIGURE_PROMPTS
 from transformers import BertTokenizer
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -69,11 +68,10 @@ def make_untrained(kind: str, folder: Path, seed: int = 0) -> Path:
 
 def _tokenizer() -> BertTokenizer:
     """Words of the examples, and letters for all others."""
-    findings = json.loads(Path(__file__).with_name("phantom_findings.json").read_text(encoding="utf-8"))
     texts = [
         *FIGURE_CONCEPTS,
         *FIGURE_PROMPTS,
-        *(finding[key] for finding in findings for key in ("absent", "present")),
+        *(text for finding in DRAWN_CT_FINDINGS for text in (finding.absent, finding.present)),
     ]
     words = {word for text in texts for word in text.lower().replace(".", "").replace("-", " ").split()}
     letters = [*_LETTERS, *(f"##{letter}" for letter in _LETTERS)]

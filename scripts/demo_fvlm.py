@@ -33,6 +33,7 @@ from medclip_hf.data.ct.reading import read_volume
 from medclip_hf.data.ct.sources import ScanSource, ct_rate_sources
 from medclip_hf.data.phantoms.torso_files import write_ct_rate
 from medclip_hf.data.phantoms.torso_findings import FINDINGS as DRAWN_FINDINGS
+from medclip_hf.data.phantoms.torso_reports import PROMPTS
 from medclip_hf.data.phantoms.torsos import TorsoSettings
 from medclip_hf.data.records import ScanRow
 from medclip_hf.evaluation.ct_zero_shot import (
@@ -68,23 +69,6 @@ SHOWN = (
     *("emphysema", "ground-glass opacity", "pleural effusion", "cardiomegaly"),
     *("pericardial effusion", "hiatal hernia", "aortic wall calcification"),
 )
-# Prompts in the words of the reports, since a text tower that has read nothing else knows no other: CT-RATE's names of
-# the findings, what the reports say where one is absent, and what they conclude where it is present.
-PROMPTS = {
-    "Emphysema": ("Aeration of both lungs is natural.", "Emphysema in both lungs."),
-    "Lung opacity": (
-        "No mass or infiltration was detected in either lung.",
-        "Ground-glass opacities in both lungs.",
-    ),
-    "Pleural effusion": ("Pleural effusion was not observed.", "Pleural effusion on the left."),
-    "Cardiomegaly": ("The heart is not enlarged.", "Cardiomegaly."),
-    "Pericardial effusion": ("Pericardial effusion-thickening was not observed.", "Pericardial effusion."),
-    "Hiatal hernia": ("The esophagus is unremarkable.", "Hiatal hernia."),
-    "Arterial wall calcification": (
-        "The aorta is of normal caliber without wall calcification.",
-        "Calcified plaques in the aortic wall.",
-    ),
-}
 TORSOS = TorsoSettings(
     in_plane_size=48,
     slice_spacing_mm=(6.0, 8.0),

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 APP = Path(__file__).resolve().parents[2] / "app"
 
@@ -20,12 +21,15 @@ def app() -> Iterator[SimpleNamespace]:
     sys.path.insert(0, str(APP))
     try:
         import app as command
+        import ct_tab
         import demo_models
         import markup
+        import picture_tab
         import sessions
         import slices
 
-        yield SimpleNamespace(command=command, demo_models=demo_models, markup=markup, sessions=sessions, slices=slices)
+        parts = {"ct_tab": ct_tab, "demo_models": demo_models, "markup": markup, "picture_tab": picture_tab}
+        yield SimpleNamespace(command=command, sessions=sessions, slices=slices, **parts)
     finally:
         sys.path.remove(str(APP))
 
@@ -76,6 +80,31 @@ def test_a_picture_that_cannot_be_read_is_named_without_the_servers_path(app, tm
         app.sessions.read_upload(tmp_path / name)
     assert str(tmp_path) not in str(refused.value)
     assert str(refused.value).startswith(name)
+
+
+def test_a_large_picture_is_kept_at_the_size_that_is_needed(app, tmp_path):
+    Image.effect_noise((5000, 1000), 60).save(tmp_path / "large.png")
+    kept = app.sessions.read_upload(tmp_path / "large.png")
+    assert (kept.size, kept.mode) == ((2048, 410), "RGB")
+
+
+def test_a_picture_that_is_all_but_black_is_told_of(app, tmp_path):
+    Image.fromarray(np.linspace(0, 4095, 64 * 64).reshape(64, 64).astype(np.uint16)).save(tmp_path / "twelve_bits.png")
+    assert "brightest value is 16 of 255" in app.picture_tab.darkness(
+        app.sessions.read_upload(tmp_path / "twelve_bits.png")
+    )
+    assert app.picture_tab.darkness(Image.new("RGB", (4, 4), (0, 200, 0))) == ""
+
+
+def test_one_prompt_alone_is_told_to_mean_nothing(app):
+    assert "always has probability 1" in app.picture_tab.prompt_answers([("Skin photograph.", 1.0)])
+    assert "always" not in app.picture_tab.prompt_answers([("Skin photograph.", 0.4), ("Chest radiograph.", 0.6)])
+
+
+def test_what_is_no_scan_is_refused_before_its_mask_is_asked_for(app, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match="no NIfTI file"):
+        app.ct_tab.read_scan(None, tmp_path / "a.png", None, "v2", False)
 
 
 def test_a_volume_is_refused_by_its_header_before_its_voxels_are_read(app, tmp_path):
@@ -156,6 +185,17 @@ def test_without_models_the_page_says_how_to_get_them_and_untrained_ones_are_nam
     assert "make demo" in app.demo_models.how_to_get("fvlm")
     untrained = app.demo_models.load_models(_chosen(untrained=True), tmp_path)
     assert untrained.untrained == ["untrained ConceptCLIP", "untrained fVLM"]
+    assert not untrained.has_demo
+
+
+def test_models_of_the_demo_are_told_to_know_drawings_alone(app, tmp_path, monkeypatch):
+    folder = tmp_path / "fvlm" / "per_anatomy" / "final"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "fvlm"}')
+    monkeypatch.setattr(app.demo_models, "load_pipeline", lambda *_, **__: None)
+    models = app.demo_models.load_models(_chosen(demo_output=tmp_path), tmp_path)
+    assert models.has_demo
+    assert len(next(iter(models.fvlm.values())).findings) == 7
 
 
 def test_two_folders_of_one_name_are_both_shown_and_neither_tells_the_servers_path(app, tmp_path):

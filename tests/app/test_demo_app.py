@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import re
 import socket
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +42,7 @@ def served(tmp_path_factory) -> Iterator[SimpleNamespace]:
     folder = tmp_path_factory.mktemp("demo")
     sys.path.insert(0, str(APP))
     try:
+        from examples import DRAWN_CT_FINDINGS
         from untrained import make_untrained
     finally:
         sys.path.remove(str(APP))
@@ -61,7 +64,9 @@ def served(tmp_path_factory) -> Iterator[SimpleNamespace]:
         "--fvlm",
         models[2],
     ]
-    command += ["--findings", APP / "phantom_findings.json", "--port", port, "--max-upload-mb", MAX_UPLOAD_MB]
+    findings = folder / "findings.json"
+    findings.write_text(json.dumps([asdict(finding) for finding in DRAWN_CT_FINDINGS]))
+    command += ["--findings", findings, "--port", port, "--max-upload-mb", MAX_UPLOAD_MB]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(
             [*map(str, command), "--device", "cpu"], stdout=log, stderr=log, env={**os.environ, **quiet}
@@ -221,6 +226,21 @@ def test_the_server_stops_reading_an_upload_that_is_too_large(served):
         urllib.request.urlopen(request)
     assert refused.value.code == 413
     assert not list(served.folder.rglob("big.png"))
+
+
+def test_a_forged_path_is_answered_with_a_sentence(served):
+    with urllib.request.urlopen(f"{served.url}/config") as answer:
+        dependencies = json.load(answer)["dependencies"]
+    upload = next(entry["id"] for entry in dependencies if entry["targets"] and entry["targets"][0][1] == "upload")
+    forged = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+    question = {"data": [forged, ["nodule"], [], "", 0.5], "fn_index": upload, "session_hash": "forged"}
+    request = urllib.request.Request(f"{served.url}/gradio_api/queue/join", data=json.dumps(question).encode())
+    request.add_header("Content-Type", "application/json")
+    urllib.request.urlopen(request).close()
+    with urllib.request.urlopen(f"{served.url}/gradio_api/queue/data?session_hash=forged") as answer:
+        said = answer.read().decode()
+    assert "the server could not use what was sent" in said
+    assert "/etc/passwd" not in said
 
 
 def test_a_dicom_file_is_shown_as_a_picture(page, tmp_path):

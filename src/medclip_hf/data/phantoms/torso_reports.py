@@ -138,6 +138,23 @@ SAID_OF_NORMAL: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 NOTHING_TO_SAY = ("Not given.", "", "No acute pathology was detected.", "Findings within normal limits.")
 CLINICAL_INFORMATION = ("Cough.", "Shortness of breath.", "Chest pain.", "Follow-up.", "Not given.")
+# Prompts in the words of the reports, since a text tower that has read nothing else knows no other: CT-RATE's names of
+# the findings, what the reports say where one is absent, and what they conclude where it is present.
+PROMPTS: dict[str, tuple[str, str]] = {
+    "Emphysema": ("Aeration of both lungs is natural.", "Emphysema in both lungs."),
+    "Lung opacity": (
+        "No mass or infiltration was detected in either lung.",
+        "Ground-glass opacities in both lungs.",
+    ),
+    "Pleural effusion": ("Pleural effusion was not observed.", "Pleural effusion on the left."),
+    "Cardiomegaly": ("The heart is not enlarged.", "Cardiomegaly."),
+    "Pericardial effusion": ("Pericardial effusion-thickening was not observed.", "Pericardial effusion."),
+    "Hiatal hernia": ("The esophagus is unremarkable.", "Hiatal hernia."),
+    "Arterial wall calcification": (
+        "The aorta is of normal caliber without wall calcification.",
+        "Calcified plaques in the aortic wall.",
+    ),
+}
 
 
 def write_report(plan: TorsoPlan, settings: TorsoSettings | None = None) -> TorsoReport:
