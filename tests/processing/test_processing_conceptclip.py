@@ -1,8 +1,12 @@
 """ConceptCLIP's processor: images of every kind to RGB, character spans to token spans, refusals."""
 
+import base64
 import io
 import json
 import logging
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -274,6 +278,40 @@ def test_paths_bytes_batches_and_nested_lists_are_taken(processor, tmp_path):
 
 
 # Refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def address(tmp_path):
+    """Of a web server on this machine that shows `tmp_path`."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_an_image_behind_a_url_is_what_its_file_is(tmp_path, address):
+    Image.fromarray(np.array([[0, 32768, 65535]], np.uint16)).save(tmp_path / "grey.png")
+    Image.new("RGBA", (2, 2), (9, 9, 9, 0)).save(tmp_path / "clear.png")
+    for name in ("grey.png", "clear.png"):
+        content = base64.b64encode((tmp_path / name).read_bytes()).decode()
+        for url in (f"{address}/{name}", f"data:image/png;base64,{content}"):
+            assert np.array_equal(to_rgb(url), to_rgb(tmp_path / name))
+
+
+def test_a_url_that_shows_no_image_is_told(tmp_path, address, monkeypatch):
+    (tmp_path / "page.html").write_text("<html>" * 20)
+    with pytest.raises(ValueError, match=r"absent\.png cannot be fetched: HTTP Error 404"):
+        to_rgb(f"{address}/absent.png")
+    with pytest.raises(ValueError, match=r"page\.html cannot be opened as an image"):
+        to_rgb(f"{address}/page.html")
+    with pytest.raises(ValueError, match="cannot be fetched"):
+        to_rgb("http://127.0.0.1:1/a.png")
+    with pytest.raises(ValueError, match="cannot be opened as an image"):
+        to_rgb("data:image/png;base64,???")
+    monkeypatch.setattr(processing_conceptclip, "MAX_BYTES", 100)
+    with pytest.raises(ValueError, match="more than the 100 bytes allowed"):
+        to_rgb(f"{address}/page.html")
 
 
 def test_a_missing_file_is_refused_by_name(processor, tmp_path):

@@ -5,19 +5,23 @@ import logging
 import os
 import struct
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ChannelDimension, infer_channel_dimension_format, load_image
+from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 178_956_970  # what Pillow takes for a decompression bomb; checked here for images opened elsewhere too
+MAX_BYTES = 2**30  # of what is fetched from a URL
+_TIMEOUT_S = 60
 WHITE_16_BIT = 65535
 PAPER = (255, 255, 255)  # figures with transparency are drawn for a white page
 
@@ -172,8 +176,8 @@ def _open(image: Any) -> tuple[Image.Image, str]:
     """The image, perhaps not decoded yet, and what to call it in an error."""
     if isinstance(image, Image.Image):
         return image, getattr(image, "filename", "") or "The image"
-    if isinstance(image, str) and (image.startswith(("http://", "https://", "data:image/"))):
-        return load_image(image), image[:200]
+    if isinstance(image, str) and image.startswith(("http://", "https://", "data:image/")):
+        return _decoder(_fetch(image), image[:200]), image[:200]
     if not isinstance(image, (str, os.PathLike, bytes)):
         raise ValueError(
             f"An image should be a PIL image, a path, a URL, bytes, an array or a tensor, got {type(image).__name__}."
@@ -181,12 +185,34 @@ def _open(image: Any) -> tuple[Image.Image, str]:
     name = f"The image of {len(image)} bytes" if isinstance(image, bytes) else str(image)
     if not isinstance(image, bytes) and not Path(image).is_file():
         raise ValueError(f"{name} is not a file. Give the path of an image.")
+    return _decoder(image, name), name
+
+
+def _decoder(image: Any, name: str) -> Image.Image:
+    """The image of encoded bytes or of a path, perhaps not decoded yet."""
     try:
-        return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image), name
+        return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} may be a decompression bomb: {error}") from error
     except (OSError, SyntaxError, EOFError, struct.error) as error:
         raise ValueError(f"{name} cannot be opened as an image: {error}") from error
+
+
+def _fetch(url: str) -> bytes:
+    """What lies at a URL; not by `load_image` of transformers, which turns 16 bits to white and transparency to black.
+
+    Raises:
+        ValueError: it cannot be fetched, or is larger than `MAX_BYTES`.
+    """
+    try:
+        asked = Request(url, headers={"User-Agent": "medclip-hf"})  # noqa: S310 - the caller checked the scheme
+        with urlopen(asked, timeout=_TIMEOUT_S) as answer:  # noqa: S310
+            content = answer.read(MAX_BYTES + 1)
+    except (OSError, ValueError, HTTPException) as error:
+        raise ValueError(f"{url[:200]} cannot be fetched: {error}. Check the address and the network.") from error
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{url[:200]} has more than the {MAX_BYTES} bytes allowed. Fetch and scale it down first.")
+    return content
 
 
 def _pil_to_rgb(image: Image.Image, name: str) -> Image.Image:
