@@ -13,7 +13,7 @@ from medclip_hf.data.concepts.index import Concept
 from medclip_hf.evaluation.concept_bank import ConceptBank, build_concept_bank
 from medclip_hf.evaluation.encoders import load_encoder
 from medclip_hf.evaluation.zero_shot import classify_images
-from medclip_hf.pipelines import ConceptAnnotationPipeline, add_pipelines
+from medclip_hf.pipelines import ConceptAnnotationPipeline, add_pipelines, read_picture
 from medclip_hf.pipelines.pipeline_concept_annotation import box_of_map, read_concepts
 
 TASK = "medical-concept-annotation"
@@ -66,10 +66,21 @@ def test_batches_lists_and_generators_give_what_single_images_give(annotate, pic
     single = [scores(annotate(image, concepts=CONCEPTS)) for image in images]
     for found in (
         annotate(images, concepts=CONCEPTS, batch_size=2),
+        annotate(tuple(images), concepts=CONCEPTS),
         list(annotate((image for image in images), concepts=CONCEPTS, batch_size=2)),
     ):
         assert [scores(entries) for entries in found] == [pytest.approx(one, rel=1e-4) for one in single]
-    assert annotate([], concepts=CONCEPTS) == []
+    assert annotate([], concepts=CONCEPTS) == annotate((), concepts=CONCEPTS) == []
+
+
+def test_a_picture_of_16_bits_is_scaled_for_the_stock_pipelines_too(conceptclip_folder, tmp_path):
+    """What transformers itself reads of it is white nearly everywhere."""
+    grey = np.arange(400, dtype=np.uint16).reshape(20, 20) * 163
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    embed = pipeline("image-feature-extraction", model=str(conceptclip_folder), device="cpu")
+    expected = embed(Image.fromarray(np.rint(grey / 257).astype(np.uint8)))
+    assert np.allclose(embed(read_picture(tmp_path / "grey.png")), expected, atol=1e-3)
+    assert not np.allclose(embed(str(tmp_path / "grey.png")), expected, atol=1e-3)
 
 
 def test_a_concept_bank_gives_what_its_names_give(annotate, picture, conceptclip_folder, tmp_path):
@@ -236,7 +247,7 @@ def test_a_file_that_is_no_image_and_a_misspelt_argument_are_refused(annotate, p
         annotate(str(tmp_path / "broken.dcm"), concepts=CONCEPTS)
     with pytest.raises(ValueError, match=r"knows no \['concept'\]"):
         annotate(picture, concept=["nodule"])
-    with pytest.raises(ValueError, match="top_k must be 1 or more"):
+    with pytest.raises(ValueError, match="top_k must be a whole number of 1 or more"):
         annotate(picture, concepts=CONCEPTS, top_k=0)
 
 

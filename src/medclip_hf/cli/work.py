@@ -48,7 +48,7 @@ def embed_images(pipe: Any, paths: Sequence[Path], aside: SetAside, batch_size: 
     """One row a picture."""
     import torch
 
-    pictures = aside.reading(shown(paths, len(paths), "image"), _upright)
+    pictures = aside.reading(shown(paths, len(paths), "image"), _picture)
     while batch := list(islice(pictures, batch_size)):
         pixel_values = pipe.processor(images=[image for _, image in batch])["pixel_values"].to(pipe.device)
         with torch.inference_mode():
@@ -61,7 +61,7 @@ def annotate_images(
     pipe: Any, paths: Sequence[Path], aside: SetAside, batch_size: int, **options: Any
 ) -> Iterator[Row]:
     """One row a concept of a picture, best first."""
-    for path, entries in _run(pipe, paths, _upright, aside, batch_size, **options):
+    for path, entries in _run(pipe, paths, _picture, aside, batch_size, **options):
         for rank, entry in enumerate(entries, 1):
             box = entry["box"] or (None,) * 4
             numbers = {name: entry[name] for name in ("label", "cui", "score", "global_score", "local_score")}
@@ -85,7 +85,7 @@ def classify_images(
     used: list[Path] = []
 
     def images() -> Iterator[Any]:
-        for path, image in aside.reading(shown(paths, len(paths), "image"), _upright):
+        for path, image in aside.reading(shown(paths, len(paths), "image"), _picture):
             used.append(path)
             yield image
 
@@ -165,12 +165,10 @@ def _prepared(pipe: Any, reading: Mapping[str, Any]) -> Any:
     return lambda path: pipe.prepare(path, mask=find_mask(path), **options)
 
 
-def _upright(path: Path) -> Any:
-    """A picture of any format as RGB."""
-    from medclip_hf.pipelines.inputs import read_picture
-    from medclip_hf.processing.conceptclip import to_rgb
+def _picture(path: Path) -> Any:
+    from medclip_hf.pipelines.inputs import read_picture  # here, as it loads PyTorch
 
-    return to_rgb(read_picture(path))
+    return read_picture(path)
 
 
 def _run(

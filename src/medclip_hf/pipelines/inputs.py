@@ -17,21 +17,22 @@ from medclip_hf.data.ct.anatomy import LabelVersion
 from medclip_hf.data.ct.geometry import GeometryContract
 from medclip_hf.data.ct.reading import Rescale, load_ct, read_volume
 from medclip_hf.data.ct.segmenters import Segmenter, segment
+from medclip_hf.processing.conceptclip import to_rgb
 
 _DICOM_PREAMBLE = 128  # bytes before the mark
 
 
-def read_picture(image: Any) -> Any:
-    """A DICOM file as a PIL image; whatever else came as it is, for `to_rgb`.
+def read_picture(image: Any) -> Image.Image:
+    """A picture of any kind as 8-bit RGB, upright, as a viewer shows it: see `to_rgb`, and DICOM files.
 
     Raises:
-        ValueError: a DICOM file that is no single picture, or cannot be decoded.
+        ValueError: it cannot be read or decoded, or is a DICOM file that is no single picture.
     """
     if isinstance(image, str | Path) and Path(image).is_file():
         with Path(image).open("rb") as file:
             if file.read(_DICOM_PREAMBLE + 4)[_DICOM_PREAMBLE:] == b"DICM":
-                return _read_dicom_picture(Path(image))
-    return image
+                image = _read_dicom_picture(Path(image))
+    return to_rgb(image)
 
 
 def _read_dicom_picture(path: Path) -> Image.Image:

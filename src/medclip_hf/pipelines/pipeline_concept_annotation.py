@@ -109,8 +109,10 @@ class ConceptAnnotationPipeline(_Pipeline):
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """Concepts of an image, or of each of several: see the class."""
-        if isinstance(inputs, list) and not inputs:
-            return []
+        if isinstance(inputs, list | tuple):
+            inputs = list(inputs)
+            if not inputs:
+                return []
         return super().__call__(inputs, **kwargs)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
@@ -122,17 +124,18 @@ class ConceptAnnotationPipeline(_Pipeline):
         if unknown := sorted(arguments.keys() - _ARGUMENTS):
             raise ValueError(f"medical-concept-annotation knows no {unknown}; it takes {sorted(_ARGUMENTS)}.")
         top_k = arguments.get("top_k")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be 1 or more, or None for all concepts, got {top_k}.")
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k must be a whole number of 1 or more, or None for all concepts, got {top_k}.")
         return {}, arguments, {}
 
     def preprocess(self, image: Any, **_: Any) -> dict[str, Any]:
         """Pixels (1, 3, H, W) of one image, and its width and height."""
         if read_picture is not None:
-            image = read_picture(image)
+            picture = read_picture(image)
         elif is_dicom_file(image):
             raise ValueError(f"{image} is a DICOM file: reading it needs the package, pip install 'medclip-hf[ct]'.")
-        picture = sys.modules[type(self.processor).__module__].to_rgb(image)
+        else:
+            picture = sys.modules[type(self.processor).__module__].to_rgb(image)
         return {"pixel_values": self.processor(images=picture)["pixel_values"], "size": picture.size}
 
     def _forward(

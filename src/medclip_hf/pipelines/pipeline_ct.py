@@ -94,8 +94,10 @@ class _CTPipeline(_Pipeline):
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """Results of a scan, or of each of several: see the class."""
-        if isinstance(inputs, list) and not inputs:
-            return []
+        if isinstance(inputs, list | tuple):
+            inputs = list(inputs)
+            if not inputs:
+                return []
         return super().__call__(inputs, **kwargs)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
