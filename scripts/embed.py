@@ -35,7 +35,6 @@ from medclip_hf.data.ct.scan_index import read_scan_rows
 from medclip_hf.data.parquet import SPLITS
 from medclip_hf.data.stages import Tally
 from medclip_hf.data.workers import Task, TaskReport
-from medclip_hf.evaluation.ct_zero_shot import PUBLISHED_WINDOW_DHW
 from medclip_hf.evaluation.embedding_run import STORED_TYPES, PictureStep, RunOptions
 from medclip_hf.evaluation.embedding_sources import FigureShards, PictureFolder
 from medclip_hf.evaluation.embedding_store import EmbeddingStore
@@ -43,11 +42,11 @@ from medclip_hf.evaluation.encoders import OPEN_CLIP_PREFIX, Encoder, load_encod
 from medclip_hf.evaluation.quantization import quantize_linear_layers
 from medclip_hf.evaluation.scan_embedding_run import ScanStep
 from medclip_hf.modeling.fvlm import FVLMModel
-from medclip_hf.training.scan_datasets import read_stored_scan
+from medclip_hf.pipelines.pipeline_ct import window_of
+from medclip_hf.training.scan_datasets import stored_scan_inputs
 
 logger = logging.getLogger("embed")
 
-PUBLISHED_CROP_DHW = (112, 256, 352)
 ROWS_PER_SHARD = {"pictures": 4096, "patches": 256, "scans": 256}
 BATCH_SIZE = {"pictures": 64, "scans": 4}
 
@@ -196,8 +195,7 @@ def make_scan_step(options: argparse.Namespace, device: torch.device) -> ScanSte
     if options.dtype == "int8":
         quantize_linear_layers(model)
     how = run_options(options, BATCH_SIZE["scans"])
-    size_dhw = tuple(model.config.vision_config.image_size_dhw)
-    window = options.window or (PUBLISHED_WINDOW_DHW if size_dhw == PUBLISHED_CROP_DHW else size_dhw)
+    window = tuple(options.window) if options.window else window_of(model)
     settings = {
         "model": identity + ("-int8" if options.dtype == "int8" else ""),
         "anatomies": list(model.config.anatomies),
@@ -215,7 +213,7 @@ def make_scan_step(options: argparse.Namespace, device: torch.device) -> ScanSte
         rows_per_shard=ROWS_PER_SHARD["scans"] if options.rows_per_shard is None else options.rows_per_shard,
         store_format=options.format,
     )
-    step = ScanStep(model, source, store, how, protocol=options.protocol, window_size_dhw=tuple(window))
+    step = ScanStep(model, source, store, how, protocol=options.protocol, window_size_dhw=window)
     store.open()
     return step
 
@@ -309,16 +307,7 @@ class PreparedScans:
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """Volume in [0, 1] and anatomy mask."""
-        path = self.folder / self.rows[index].store_path
-        scan, image, mask = read_stored_scan(path, self.image_processor.anatomies)
-        inputs = self.image_processor(
-            image,
-            anatomy_mask=mask,
-            spacing_mm_dhw=scan.spacing_mm_dhw,
-            orientation=scan.contract.orientation,
-            do_crop=False,  # the engine did
-        )
-        return inputs["pixel_values"][0, 0], inputs["anatomy_mask"][0]
+        return stored_scan_inputs(self.folder / self.rows[index].store_path, self.image_processor)
 
 
 if __name__ == "__main__":

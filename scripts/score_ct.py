@@ -27,21 +27,19 @@ from medclip_hf.data.ct.geometry import GeometryContract
 from medclip_hf.data.ct.reading import load_ct
 from medclip_hf.data.ct.scan_index import read_scan_rows
 from medclip_hf.data.ct.sources import ScanSource, ct_rate_sources, rad_chestct_sources, table_sources
-from medclip_hf.data.records import ScanRow
 from medclip_hf.evaluation.ct_zero_shot import (
     CT_RATE_FINDINGS,
-    PUBLISHED_WINDOW_DHW,
     Finding,
     embed_findings,
     score_to_csv,
 )
-from medclip_hf.training.scan_datasets import read_stored_scan
+from medclip_hf.pipelines.pipeline_ct import window_of
+from medclip_hf.training.scan_datasets import stored_scan_inputs
 
 logger = logging.getLogger("score_ct")
 
 Scan = tuple[str, Callable[[], tuple[Tensor, Tensor]]]
 
-PUBLISHED_CROP_DHW = (112, 256, 352)
 FINDING_COLUMNS = ("name", "anatomy", "absent", "present")
 
 
@@ -103,7 +101,7 @@ def find_scans(options: argparse.Namespace, model: Any, image_processor: Any) ->
     """(scan_id, how to load it) of every scan of whichever source was named."""
     if options.prepared:
         for row in read_scan_rows(options.prepared, options.split):
-            yield row.scan_id, partial(load_prepared, options.prepared, row, image_processor)
+            yield row.scan_id, partial(stored_scan_inputs, options.prepared / row.store_path, image_processor)
         return
     for source in find_sources(options):
         yield source.scan_id, partial(load_source, source, options.label_version, image_processor)
@@ -160,28 +158,7 @@ def load_source(source: ScanSource, label_version: Any, image_processor: Any) ->
     )
     mask = scan.anatomy_mask
     assert mask is not None  # labels were named
-    return as_inputs(image_processor(scan.image.values, anatomy_mask=mask.values))
-
-
-def load_prepared(folder: Path, row: ScanRow, image_processor: Any) -> tuple[Tensor, Tensor]:
-    """The same of a scan that the engine prepared.
-
-    Raises:
-        ValueError: it is damaged, or was prepared for another geometry than the model's.
-    """
-    scan, image, mask = read_stored_scan(folder / row.store_path, image_processor.anatomies)
-    inputs = image_processor(
-        image,
-        anatomy_mask=mask,
-        spacing_mm_dhw=scan.spacing_mm_dhw,
-        orientation=scan.contract.orientation,
-        do_crop=False,  # the engine did
-    )
-    return as_inputs(inputs)
-
-
-def as_inputs(inputs: Any) -> tuple[Tensor, Tensor]:
-    """The only volume and mask of what the processor gave."""
+    inputs = image_processor(scan.image.values, anatomy_mask=mask.values)
     return inputs["pixel_values"][0, 0], inputs["anatomy_mask"][0]
 
 
@@ -214,12 +191,6 @@ def published_findings(model: Any) -> list[Finding]:
             "with --findings."
         )
     return findings
-
-
-def window_of(model: Any) -> tuple[int, int, int]:
-    """The published window for models of the published crop size, else the size of the training crops."""
-    size_dhw = tuple(model.config.vision_config.image_size_dhw)
-    return PUBLISHED_WINDOW_DHW if size_dhw == PUBLISHED_CROP_DHW else size_dhw
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,9 @@ from medclip_hf.data.records import AnatomyText, ScanRow
 from medclip_hf.data.reports.decomposition import anatomy_caption, caption_template
 from medclip_hf.data.reports.sentences import split_sentences
 from medclip_hf.data.stages import Drop
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +211,28 @@ def read_stored_scan(path: Path, anatomies: Sequence[str]) -> tuple[StoredScan, 
     scan = read_scan(path)
     image, mask = read_crop(path)
     return scan, image, _renumbered(mask, scan, anatomies)
+
+
+def stored_scan_inputs(path: Path, image_processor: Any) -> tuple[Tensor, Tensor]:
+    """Volume (D, H, W) in [0, 1] and mask (D, H, W) of ids of a whole prepared scan, as the model takes them.
+
+    Args:
+        path: of the scan in the store.
+        image_processor: of the model.
+
+    Raises:
+        UnusableScan: it cannot be read.
+        ValueError: it was prepared for another geometry than the model's, or without one of its anatomies.
+    """
+    scan, image, mask = read_stored_scan(path, image_processor.anatomies)
+    inputs = image_processor(
+        image,
+        anatomy_mask=mask,
+        spacing_mm_dhw=scan.spacing_mm_dhw,
+        orientation=scan.contract.orientation,
+        do_crop=False,  # the engine did
+    )
+    return inputs["pixel_values"][0, 0], inputs["anatomy_mask"][0]
 
 
 def report_caption(texts: Sequence[AnatomyText], anatomy: str = "body") -> str:
