@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medclip_hf.training.objectives import FVLMObjective
+from medclip_hf.training.objective_fvlm import FVLMObjective
 
 
 class TextTeacher(nn.Module):

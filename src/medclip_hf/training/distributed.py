@@ -120,6 +120,11 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return total
 
 
+def in_float32(embeds: Tensor) -> Tensor:
+    """In float32 at least: gradients are added up over processes in that precision."""
+    return embeds.to(torch.promote_types(embeds.dtype, torch.float32))
+
+
 class _GatherRows(torch.autograd.Function):
     """All-gather of a ragged first axis; backwards a sum over processes that leaves each its own rows."""
 
