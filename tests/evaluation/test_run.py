@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -9,7 +10,13 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from medclip_hf.evaluation.embedding_cache import PatchQuestion, embed_images, embed_texts, encode_in_batches
+from medclip_hf.evaluation.embedding_cache import (
+    PatchQuestion,
+    ShardCache,
+    embed_images,
+    embed_texts,
+    encode_in_batches,
+)
 from medclip_hf.evaluation.encoders import Encoder, ImageEmbeddings
 from medclip_hf.evaluation.results import compare_models, data_fingerprint, describe, load_result, save_result
 from medclip_hf.evaluation.run import EvaluationSettings, evaluate_task
@@ -254,6 +261,27 @@ def test_a_run_that_broke_off_goes_on_with_the_shard_it_had(single_label, tmp_pa
     again = embed_images(colour_encoder(), single_label, tmp_path)
     assert again.num_computed == 10
     assert torch.equal(again.image_embeds, whole.image_embeds)
+
+
+def fill(folder, number, failures):
+    cache = ShardCache(folder, {"model": "one"})
+    for _ in range(50):
+        cache.save("images-00000", {"x": torch.full((5000,), float(number))})
+        found = cache.load("images-00000", 5000)
+        if found is None or len(found["x"].unique()) != 1:
+            failures.put("half a shard")
+
+
+def test_two_runs_fill_one_cache_at_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    failures = context.Queue()
+    runs = [context.Process(target=fill, args=(tmp_path, number, failures)) for number in range(2)]
+    for one in runs:
+        one.start()
+    for one in runs:
+        one.join()
+    assert [one.exitcode for one in runs] == [0, 0]
+    assert failures.empty()
 
 
 def test_the_cache_names_no_file_and_no_patient(single_label, tmp_path):

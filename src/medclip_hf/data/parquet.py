@@ -100,7 +100,7 @@ def require_writable(folder: Path) -> None:
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a whole file or nothing: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may write the same file
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

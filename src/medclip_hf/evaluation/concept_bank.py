@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -76,7 +77,7 @@ class ConceptBank:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         tensors = {"text_embeds": self.text_embeds, "concept_embeds": self.concept_embeds}
-        partial = target / ".concept_bank.safetensors.tmp"
+        partial = target / f".concept_bank.safetensors.{os.getpid()}.tmp"
         # In both files: a crash between the two must not pair these names with the vectors of another bank.
         save_file(
             {name: tensor.contiguous().cpu() for name, tensor in tensors.items() if tensor is not None},

@@ -15,6 +15,7 @@ file.
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -124,7 +125,7 @@ class ShardCache:
         """Keep a shard, whole or not at all."""
         if self.folder is None:
             return
-        temporary = self.folder / f".{name}.tmp"
+        temporary = self.folder / f".{name}.{os.getpid()}.tmp"  # another run may fill the same cache
         kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(kept, temporary, metadata={"key": self.identity})
         temporary.replace(self.folder / f"{name}.safetensors")

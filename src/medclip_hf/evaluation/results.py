@@ -7,6 +7,7 @@
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -112,7 +113,7 @@ def save_result(folder: Path, record: Mapping[str, Any], arrays: Mapping[str, ND
     """Path of the record; arrays are written first, so a record without them does not occur."""
     path, array_path = result_paths(folder, record["task"], record["model"])
     require_writable(path.parent)
-    temporary = array_path.with_name(f".{array_path.name}.tmp")
+    temporary = array_path.with_name(f".{array_path.name}.{os.getpid()}.tmp")
     save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, temporary)
     temporary.replace(array_path)
     write_text_atomically(path, json.dumps(dict(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
