@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import pytest
@@ -56,6 +57,19 @@ def test_a_task_that_kills_every_worker_is_set_aside(tmp_path):
     assert numbers(reports) == list(range(7))
     (lost,) = [report for report in reports if report.tally.dropped]
     assert (lost.task.number, dict(lost.tally.dropped)) == (3, {"worker process killed": 1})
+
+
+def test_the_death_of_the_server_that_workers_are_forked_from_loses_nothing(monkeypatch):
+    submit, calls = ProcessPoolExecutor.submit, []
+
+    def submit_once_without_server(pool, *arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise EOFError("unexpected EOF")  # as multiprocessing says where its server died before it forked
+        return submit(pool, *arguments)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit_once_without_server)
+    assert numbers(ProcessRunner(1)(Count, TASKS)) == list(range(7))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

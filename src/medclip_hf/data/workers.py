@@ -86,8 +86,8 @@ class ProcessRunner:
         try:
             while remaining or in_flight:
                 while remaining and len(in_flight) < 2 * self.num_workers:
-                    task = remaining.pop()
-                    in_flight[pool.submit(_call_step, task)] = task
+                    in_flight[_submit(pool, remaining[-1])] = remaining[-1]
+                    remaining.pop()
                 done, _ = wait(in_flight, return_when=FIRST_COMPLETED)
                 for future in done:
                     task = in_flight.pop(future)
@@ -111,7 +111,7 @@ def _run_one_by_one(make_step: MakeStep, suspects: list[Task]) -> Iterator[TaskR
         with _pool(make_step, 1) as pool:
             try:
                 while suspects:
-                    yield pool.submit(_call_step, suspects[0]).result()
+                    yield _submit(pool, suspects[0]).result()
                     suspects.pop(0)
                     deaths = 0
             except BrokenProcessPool:
@@ -131,6 +131,13 @@ def _pool(make_step: MakeStep, num_workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["medclip_hf.data.engine.steps"])
     return ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(make_step, os.getpid()))
+
+
+def _submit(pool: ProcessPoolExecutor, task: Task) -> Future[TaskReport]:
+    try:
+        return pool.submit(_call_step, task)
+    except (EOFError, ConnectionError) as error:  # the server was killed before it had forked the worker
+        raise BrokenProcessPool("the server that workers are forked from died") from error
 
 
 def _start_worker(make_step: MakeStep, run: int) -> None:

@@ -71,6 +71,23 @@ def test_members_of_a_group_carry_its_caption_before_theirs(case_report):
     assert figure(case_report, "F3").caption == "Ultrasound follow-up."
 
 
+def test_members_of_a_group_in_a_group_carry_both_captions_and_their_citations():
+    xml = (
+        "<article><body><sec><title>Results</title><xref rid='G'/></sec><fig-group id='G'>"
+        "<caption><p>Outer.</p></caption><fig-group><caption><p>Inner.</p></caption>"
+        "<fig id='f'><caption><p>Own.</p></caption></fig></fig-group>"
+        "</fig-group></body></article>"
+    )
+    (only,) = parse_article(xml.encode()).figures
+    assert (only.caption, only.cited_in) == ("Outer. Inner. Own.", ("Results",))
+
+
+def test_of_two_photographs_of_a_picture_the_thumbnail_goes():
+    versions = '<graphic specific-use="thumbnail" xlink:href="s.jpg"/><graphic xlink:href="l.jpg"/>'
+    xml = f"<article {XLINK}><body><fig><alternatives>{versions}</alternatives></fig></body></article>"
+    assert parse_article(xml.encode()).figures[0].graphics == ("l.jpg",)
+
+
 def test_of_several_formats_of_a_picture_the_photograph_is_named(case_report):
     assert figure(case_report, "F4").graphics == ("drawn-9000001-g004.jpg",)
 
@@ -95,6 +112,18 @@ def test_a_figure_of_two_pictures_names_both_and_one_without_a_file_none():
         ("<license><p>Creative Commons Attribution-Non-Commercial 2.0</p></license>", "CC BY-NC"),
         ("<license><p>This is a CC BY-SA article.</p></license>", "CC BY-SA"),
         ("<license><p>Made available under the CC0 waiver.</p></license>", "CC0"),
+        ("<license><p>the Creative Commons Attribution Non-Commercial License</p></license>", "CC BY-NC"),
+        ("<license><p>Creative Commons Attribution–NonCommercial–NoDerivatives</p></license>", "CC BY-NC-ND"),
+        ("<license><p>Creative Commons Attribution Share-Alike</p></license>", "CC BY-SA"),
+        ("<license><p>Creative Commons Attribution (CC BY NC 4.0)</p></license>", "CC BY-NC"),
+        ("<license><p>CC BY, Figure 3 under CC BY‐NC‐ND</p></license>", "CC BY-NC-ND"),
+        ("<license><p>Creative Commons Attribution - Pas d'Utilisation Commerciale</p></license>", "CC BY-NC"),
+        ("<license license-type='cc-by-nc'/>", "CC BY-NC"),
+        ("<license license-type='open-access'/>", ""),
+        ("<license><p>An open access article.</p></license>", "other"),
+        ("<license><p>Creative Commons Zero</p></license>", "CC0"),
+        ('<license xlink:href="https://creativecommons.org/licenses/nc-nd/1.0"/>', "other"),
+        ("<license><p>CC BY; data: creativecommons.org/publicdomain/zero/1.0/</p></license>", "CC BY"),
         ("<copyright-statement>© A Publisher, all rights reserved</copyright-statement>", "other"),
         ("", ""),
     ],
@@ -112,6 +141,15 @@ def test_licences_are_spelled_as_the_bucket_spells_them(statement, license_code)
         ("<title-group><article-title>Retracted lobes in CT</article-title></title-group>", "", True),
         ("<title-group><article-title>Lobes retracted by fibrosis</article-title></title-group>", "", False),
         ('<related-article related-article-type="correction-forward"/>', "", False),
+        ("", 'article-type="Retraction"', True),
+        ("<title-group><article-title>Retraction notice to a study</article-title></title-group>", "", True),
+        ("<title-group><article-title>Retraction: A study</article-title></title-group>", "", True),
+        ("<title-group><article-title>Retraction of the eardrum</article-title></title-group>", "", False),
+        (
+            "<article-categories><subj-group><subject>Retracted Article</subject></subj-group></article-categories>",
+            "",
+            True,
+        ),
     ],
 )
 def test_retractions_are_told_by_type_by_link_and_by_title(front, attributes, is_retracted):
@@ -136,6 +174,13 @@ def test_retractions_are_told_by_type_by_link_and_by_title(front, attributes, is
         ('<p>As in <xref ref-type="bibr">Doe (2020)</xref>.</p>', "As in Doe (2020)."),
         ('<p>See <xref ref-type="fig">Fig. 2</xref>.</p>', "See Fig. 2."),
         ('<p>n = 5<xref ref-type="fn">*</xref></p>', "n = 5"),
+        ('<p>seen<sup><xref ref-type="bibr">1</xref>,<xref ref-type="bibr">2</xref></sup> in 5</p>', "seen in 5"),
+        ('<p>seen <xref ref-type="bibr">1</xref>, <xref ref-type="bibr">2</xref>.</p>', "seen."),
+        ('<p>(Fig. 2; <xref ref-type="bibr">7</xref>) and</p>', "(Fig. 2) and"),
+        ('<p>one<xref ref-type="bibr">7</xref>two</p>', "one two"),
+        ('<p>see<xref ref-type="fig">Figure 2</xref>and <xref>Fig. 3</xref>b</p>', "see Figure 2 and Fig. 3b"),
+        ("<p>(<bold>A</bold>)Axial.<bold>B,</bold> Coronal.</p>", "(A) Axial. B, Coronal."),
+        ('<p xml:lang="es">Una radiografía.</p><p xml:lang="en">A radiograph.</p>', "A radiograph."),
         ("<list><list-item><label>a</label><p>1</p></list-item><list-item><p>2</p></list-item></list>", "a 1 2"),
         ("<p>soft\u00adhyphen,\u00a0no-break\tspace\nline</p>", "softhyphen, no-break space line"),
         ("<p>A<!-- remark -->B<?pagebreak 3?>C</p>", "ABC"),
@@ -163,10 +208,22 @@ def test_markup_becomes_plain_text(markup, text):
             "y",
         ),
         ("plain <italic>r</italic>", "plain r"),
+        (
+            "<mml:math><mml:msubsup><mml:mi>x</mml:mi><mml:mn>1</mml:mn><mml:mn>2</mml:mn></mml:msubsup></mml:math>",
+            "x_1^2",
+        ),
+        ("<mml:math><mml:mfenced open='['><mml:mi>a</mml:mi><mml:mi>b</mml:mi></mml:mfenced></mml:math>", "[a,b)"),
     ],
 )
 def test_formulae_are_written_in_a_line_once(markup, text):
     assert caption_of(f"<p>with <inline-formula>{markup}</inline-formula>.</p>") == f"with {text}."
+
+
+def test_a_formula_stays_one_where_the_article_has_a_name_space_and_stands_apart_from_words():
+    math = "<inline-formula><m:math xmlns:m='http://www.w3.org/1998/Math/MathML'>{}</m:math></inline-formula>"
+    square = math.format("<m:msup><m:mi>x</m:mi><m:mn>2</m:mn></m:msup>")
+    xml = f"<article xmlns='https://jats.example/1.3'><body><fig><caption><p>of{square}shown</p></caption></fig></body>"
+    assert parse_article(f"{xml}</article>".encode()).figures[0].caption == "of x^2 shown"
 
 
 def test_undeclared_named_characters_of_a_dtd_are_read():
@@ -208,12 +265,17 @@ def test_xinclude_stays_an_element_without_text():
         (b"<article>", "XML broken"),
         (b"<article>&unheard;</article>", "XML broken"),
         (b"<html><body/></html>", "XML is no article"),
+        (b"<set><article/><article/></set>", "XML holds several articles"),
         (b'<?xml version="1.0" encoding="klingon"?><article/>', "XML encoding unknown"),
         (b"\x89PNG\r\n", "XML broken"),
     ],
 )
 def test_what_is_no_article_is_refused_with_a_reason(xml, reason):
     assert reason_of(xml) == reason
+
+
+def test_white_space_before_the_declaration_is_forgiven():
+    assert parse_article(b'\n <?xml version="1.0"?><article/>', pmcid="PMC7").pmcid == "PMC7"
 
 
 def test_a_wrong_encoding_is_named():
@@ -230,9 +292,18 @@ def test_a_file_above_the_limit_is_refused_unread():
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("caption", ["<sup/>" * 200_000, "[" * 500_000, "<p><sup>1</sup></p>" * 50_000])
+@pytest.mark.parametrize(
+    "caption",
+    ["<sup/>" * 50_000, "[" * 500_000, "<p><sup>1</sup></p>" * 20_000, "<xref ref-type='bibr'>1</xref>," * 20_000],
+)
 def test_hostile_repetition_takes_time_that_grows_with_its_length(caption):
     parse_article(article_with(f"<p>{caption}</p>"))
+
+
+@pytest.mark.timeout(20)
+def test_groups_in_groups_take_time_that_grows_with_their_number():
+    xml = f"<article><body>{'<fig-group>' * 50_000}<fig/>{'</fig-group>' * 50_000}</body></article>"
+    assert len(parse_article(xml.encode()).figures) == 1
 
 
 @pytest.mark.timeout(20)

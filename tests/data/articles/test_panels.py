@@ -47,6 +47,8 @@ TWO = [(0, 0, 100, 90), (110, 0, 210, 90)]
         ("A: Before. B: After.", [("A", "Before."), ("B", "After.")]),
         ("a) before; b) after", [("A", "before"), ("B", "after")]),
         ("(A–C) Slices. (D) Reformat.", [("A", "Slices."), ("B", "Slices."), ("C", "Slices."), ("D", "Reformat.")]),
+        ("（A‐B）Slices. [C] Reformat.", [("A", "Slices."), ("B", "Slices."), ("C", "Reformat.")]),
+        ("(A/B) Slices. (C) Reformat.", [("A", "Slices."), ("B", "Slices."), ("C", "Reformat.")]),
         ("(A, B) Slices. (C) Reformat.", [("A", "Slices."), ("B", "Slices."), ("C", "Reformat.")]),
         ("A, One. B through C, Two.", [("A", "One."), ("B", "Two."), ("C", "Two.")]),
         ("(A) A mass. (B) The mass in (A) enlarged.", [("A", "A mass."), ("B", "The mass in (A) enlarged.")]),
@@ -78,7 +80,9 @@ def test_captions_without_opening_letters_stay_whole(caption):
 
 def test_trailing_letters_are_noticed():
     assert names_panels("Axial (A) and coronal CT (B).")
+    assert names_panels("Left: axial CT. Right panel: coronal CT.")
     assert not names_panels("A chest radiograph (A).")
+    assert not names_panels("Left: kidney of the left side.")
 
 
 def test_a_caption_of_endless_markers_is_read_in_time_that_does_not_grow():

@@ -16,28 +16,34 @@ from xml.etree import ElementTree
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import DefusedXMLParser
 
-from medclip_hf.data.articles.jats_text import XLINK_HREF, all_text, caption_text
+from medclip_hf.data.articles.jats_text import MATHML, XLINK_HREF, all_text, caption_text
 
 MAX_XML_BYTES = 48 * 2**20  # the tree takes about ten times as much memory
 MAX_FIGURES = 2000
-MAX_SHARED_CHARS = 20_000  # of the caption of a group, which each of its figures repeats
+MAX_SHARED_CHARS = 20_000  # of the captions of its groups, which each figure repeats
+_MAX_GROUPS = 4  # around a figure, the innermost ones
 _PROLOG_CHUNK = 4096
 
-_CC_LICENSE = re.compile(r"creativecommons\.org/licen[sc]es/(by(?:-(?:nc|nd|sa))*|sampling\+|devnations)", re.I)
-_CC_WORDS = re.compile(r"\bCC[ -](BY(?:-(?:NC|ND|SA))*)\b(?!-)|\bCC[ -]?(0|ZERO)\b", re.I)
-_CC_ZERO = re.compile(r"creativecommons\.org/publicdomain/(zero|mark)", re.I)
-_CC_NAMES = (  # written out, the longest first
-    ("attribution-noncommercial-noderiv", "CC BY-NC-ND"),
-    ("attribution-noncommercial-sharealike", "CC BY-NC-SA"),
-    ("attribution-noncommercial", "CC BY-NC"),
-    ("attribution-noderiv", "CC BY-ND"),
-    ("attribution-sharealike", "CC BY-SA"),
-    ("creativecommonsattribution", "CC BY"),
-)
+_CC_CODE = re.compile(r"(?:creativecommons\.org/licen[sc]es/|\bCC[ -]?)BY((?:[ /-]?(?:NC|ND|SA))*)(?![a-z])", re.I)
+_CC_ZERO = re.compile(r"creativecommons\.org/publicdomain/zero|\bCC[ -]?(?:0|zero)\b|creative commons zero", re.I)
+_PUBLIC_DOMAIN = re.compile(r"creativecommons\.org/publicdomain/mark", re.I)
+_CREATIVE_COMMONS = re.compile(r"creative ?commons", re.I)
+_TERMS_IN_WORDS = {  # English, French, Spanish, Portuguese, German
+    "NC": re.compile(r"n[oã]n?[ -]?com+ercial|utilisation commerciale|nicht[ -]?kommerziell", re.I),
+    "ND": re.compile(r"no[ -]?deriv|sin ?(?:obras? )?deriv|sem deriv|pas de modification|keine bearbeitung", re.I),
+    "SA": re.compile(r"share[ -]?alike|compartir ?igual|partilha|dans les mêmes conditions|gleichen bedingungen", re.I),
+}
+_HYPHENS = re.compile("[\u2010-\u2015\u2212]")
 OTHER_LICENSE = "other"  # a statement that names none of the Creative Commons
 _RETRACTION_TYPES = {"retraction", "retracted-article", "partial-retraction"}
 _RETRACTION_LINKS = {"retraction-forward", "partial-retraction-forward", "retracted-by"}
+_RETRACTION_TITLE = re.compile(
+    r"\W*(?:(?:retracted|withdrawn)\b\W|retraction\s*:|retraction not(?:e|ice)|(?:notice|statement) of retraction)",
+    re.I,
+)
+_RETRACTION_SUBJECT = re.compile(r"\W*(?:retraction|retracted article|retraction not(?:e|ice))s?\W*", re.I)
 _PARTS = ("front", "body", "back", "floats-group", "floats-wrap")  # not sub-article and response: other texts
+_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 _RASTER_FIRST = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".gif", "")
 
 
@@ -147,6 +153,7 @@ def _parse(xml: bytes) -> ElementTree.Element:
     if not xml.strip(b"\0 \t\r\n"):
         raise UnreadableArticle("XML empty", f"{len(xml)} bytes")
     try:
+        xml = xml.lstrip(b" \t\r\n")  # which no declaration may follow, and often does
         _refuse_entities(xml)
         parser = ElementTree.XMLParser()  # noqa: S314 - its prolog has been checked
         parser.entity.update(_NAMED_CHARACTERS)
@@ -192,12 +199,14 @@ def _find_article(root: ElementTree.Element) -> ElementTree.Element:
         article = root if root.tag == "article" else next(root.iter("article"), None)
     if article is None:
         raise UnreadableArticle("XML is no article", f"its root is <{root.tag[:100]}>")
+    if sum(1 for _ in root.iter("article")) > 1:
+        raise UnreadableArticle("XML holds several articles", "split it into one file an article")
     return article
 
 
 def _drop_namespace(root: ElementTree.Element) -> None:
     for element in root.iter():
-        if element.tag.startswith("{"):
+        if element.tag.startswith("{") and not element.tag.startswith(MATHML):
             element.tag = element.tag.rpartition("}")[2]
 
 
@@ -217,67 +226,79 @@ def _pmcid(meta: ElementTree.Element) -> str:
 
 
 def _license(permissions: ElementTree.Element | None) -> str:
+    """The licence in the spelling of PMC; where a statement names several, the restrictions of all of them."""
     if permissions is None:
         return ""
+    addresses = [node.get(XLINK_HREF, "") for node in permissions.iter()]
+    kinds = [node.get("license-type", "") for node in permissions.iter("license")]
     statement = all_text(permissions)
-    addresses = [node.get(XLINK_HREF) or node.text or "" for node in permissions.iter()]
-    where = " ".join(addresses)
-    if match := _CC_LICENSE.search(where) or _CC_LICENSE.search(statement):
-        return f"CC {match[1].upper()}"
-    if match := _CC_ZERO.search(where) or _CC_ZERO.search(statement):
-        return "CC0" if match[1].lower() == "zero" else "public domain"
-    if match := _CC_WORDS.search(statement):
-        return f"CC {match[1].upper()}" if match[1] else "CC0"
-    letters = re.sub(r"[^a-z-]", "", statement.lower().replace("non-commercial", "noncommercial"))
-    named = (name for words, name in _CC_NAMES if words in letters)
-    return next(named, OTHER_LICENSE if statement else "")
+    text = _HYPHENS.sub("-", " ".join(" ".join((statement, *addresses, *kinds)).split()))
+    if codes := _CC_CODE.findall(text):
+        return _cc_by({term for term in _TERMS_IN_WORDS for code in codes if term in code.upper()})
+    if _CREATIVE_COMMONS.search(text) and "attribution" in text.lower():
+        return _cc_by({term for term, words in _TERMS_IN_WORDS.items() if words.search(text)})
+    if _CC_ZERO.search(text):
+        return "CC0"
+    if _PUBLIC_DOMAIN.search(text):
+        return "public domain"
+    return OTHER_LICENSE if statement or any(addresses) else ""
+
+
+def _cc_by(terms: set[str]) -> str:
+    if "ND" in terms:  # what may not be changed cannot be shared alike
+        terms -= {"SA"}
+    return "-".join(("CC BY", *(term for term in _TERMS_IN_WORDS if term in terms)))
 
 
 def _is_retracted(article: ElementTree.Element, meta: ElementTree.Element) -> bool:
-    links = {node.get("related-article-type") for node in meta.iter("related-article")}
+    links = {node.get("related-article-type", "").lower() for node in meta.iter("related-article")}
     title = meta.find("./title-group/article-title")
     return (
-        article.get("article-type") in _RETRACTION_TYPES
+        article.get("article-type", "").lower() in _RETRACTION_TYPES
         or bool(links & _RETRACTION_LINKS)
-        or (title is not None and bool(re.match(r"\W*(retracted|withdrawn)\b\W", all_text(title), re.I)))
+        or (title is not None and bool(_RETRACTION_TITLE.match(all_text(title))))
+        or any(_RETRACTION_SUBJECT.fullmatch(all_text(subject)) for subject in meta.iter("subject"))
     )
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
 
 
-def _parts(article: ElementTree.Element) -> Iterator[ElementTree.Element]:
-    yield from (part for part in article if part.tag in _PARTS)
-
-
 def _figures(article: ElementTree.Element) -> Iterator[ArticleFigure]:
     cited_in = _citations(article)
-    group_of = _groups(article)
-    shared_caption = {group: _caption(group)[:MAX_SHARED_CHARS] for group in dict.fromkeys(group_of.values())}
+    caption_of: dict[ElementTree.Element, str] = {}  # of groups, read once for all of their figures
     used: set[str] = set()
-    for part in _parts(article):
-        for figure in part.iter("fig"):
-            if len(used) >= MAX_FIGURES:
-                raise UnreadableArticle("article with too many figures", f"more than {MAX_FIGURES:,}")
-            group = group_of.get(figure)
-            xml_id = figure.get("id", "").strip()
-            group_id = "" if group is None else group.get("id", "")
-            sections = dict.fromkeys((*cited_in.get(xml_id, ()), *cited_in.get(group_id, ())))
-            yield ArticleFigure(
-                figure_id=_unused(xml_id or f"fig{len(used) + 1}", used),
-                label=_label(figure) or ("" if group is None else _label(group)),
-                caption=" ".join(filter(None, ("" if group is None else shared_caption[group], _caption(figure)))),
-                graphics=tuple(_graphics(figure)),
-                cited_in=tuple(sections),
-                license=_license(figure.find("permissions")),
-            )
+    for figure, groups in _figures_with_groups(article):
+        if len(used) >= MAX_FIGURES:
+            raise UnreadableArticle("article with too many figures", f"more than {MAX_FIGURES:,}")
+        for group in groups:
+            caption_of[group] = caption_of[group] if group in caption_of else _caption(group)[:MAX_SHARED_CHARS]
+        shared = " ".join(filter(None, (caption_of[group] for group in groups)))[:MAX_SHARED_CHARS]
+        xml_id = figure.get("id", "").strip()
+        cited_ids = (xml_id, *(group.get("id", "") for group in reversed(groups)))
+        yield ArticleFigure(
+            figure_id=_unused(xml_id or f"fig{len(used) + 1}", used),
+            label=next(filter(None, map(_label, (figure, *reversed(groups)))), ""),
+            caption=" ".join(filter(None, (shared, _caption(figure)))),
+            graphics=tuple(_graphics(figure)),
+            cited_in=tuple(dict.fromkeys(title for cited in cited_ids for title in cited_in.get(cited, ()))),
+            license=_license(figure.find("permissions")),
+        )
 
 
-def _groups(article: ElementTree.Element) -> dict[ElementTree.Element, ElementTree.Element]:
-    """The innermost group of each figure that is in one."""
-    return {
-        figure: group for part in _parts(article) for group in part.iter("fig-group") for figure in group.iter("fig")
-    }
+def _figures_with_groups(
+    article: ElementTree.Element,
+) -> Iterator[tuple[ElementTree.Element, tuple[ElementTree.Element, ...]]]:
+    """Each figure in the order of the text, with the groups around it, the outermost first."""
+    waiting: list[tuple[ElementTree.Element, tuple[ElementTree.Element, ...]]]
+    waiting = [(part, ()) for part in reversed(article) if part.tag in _PARTS]
+    while waiting:
+        element, groups = waiting.pop()
+        if element.tag == "fig":
+            yield element, groups
+        elif element.tag == "fig-group":
+            groups = (*groups, element)[-_MAX_GROUPS:]
+        waiting += [(child, groups) for child in reversed(element)]
 
 
 def _unused(name: str, used: set[str]) -> str:
@@ -295,13 +316,20 @@ def _label(figure: ElementTree.Element) -> str:
 
 
 def _caption(figure: ElementTree.Element) -> str:
-    """The caption; of translated ones, the English one, else the first."""
+    """The caption; of translated ones, or translated paragraphs of one, the English, else the first."""
     captions = figure.findall("caption") or figure.findall("./graphic/caption")
     if not captions:
         return ""
-    lang = "{http://www.w3.org/XML/1998/namespace}lang"
-    english = [caption for caption in captions if caption.get(lang, "").lower().startswith("en")]
-    return caption_text((english or captions)[0])
+    chosen = next(filter(_is_english, captions), captions[0])
+    if any(map(_is_english, chosen)):
+        english = ElementTree.Element("caption")
+        english.extend(child for child in chosen if _is_english(child) or not child.get(_LANGUAGE))
+        chosen = english
+    return caption_text(chosen)
+
+
+def _is_english(element: ElementTree.Element) -> bool:
+    return element.get(_LANGUAGE, "").lower().startswith("en")
 
 
 def _graphics(figure: ElementTree.Element) -> Iterator[str]:
@@ -310,8 +338,7 @@ def _graphics(figure: ElementTree.Element) -> Iterator[str]:
         if child.tag == "graphic":
             names = [child.get(XLINK_HREF, "")]
         elif child.tag == "alternatives":
-            names = [graphic.get(XLINK_HREF, "") for graphic in child.iter("graphic")]
-            names.sort(key=_format_rank)
+            names = [graphic.get(XLINK_HREF, "") for graphic in sorted(child.iter("graphic"), key=_version_rank)]
         elif child.tag in ("p", "disp-group", "graphic-group"):  # old articles put the picture into a paragraph
             yield from filter(None, (node.get(XLINK_HREF, "").strip() for node in child.iter("graphic")))
             continue
@@ -320,10 +347,12 @@ def _graphics(figure: ElementTree.Element) -> Iterator[str]:
         yield from [name.strip() for name in names if name.strip()][:1]
 
 
-def _format_rank(name: str) -> int:
-    suffix = re.search(r"\.\w{3,4}$|$", name.lower())
+def _version_rank(graphic: ElementTree.Element) -> tuple[bool, int]:
+    """Photographs before drawings, which cannot be decoded; thumbnails last."""
+    suffix = re.search(r"\.\w{3,4}$|$", graphic.get(XLINK_HREF, "").strip().lower())
     suffix_text = suffix[0] if suffix else ""
-    return _RASTER_FIRST.index(suffix_text) if suffix_text in _RASTER_FIRST else len(_RASTER_FIRST)
+    rank = _RASTER_FIRST.index(suffix_text) if suffix_text in _RASTER_FIRST else len(_RASTER_FIRST)
+    return "thumb" in graphic.get("specific-use", "").lower(), rank
 
 
 def _file_names(article: ElementTree.Element) -> frozenset[str]:

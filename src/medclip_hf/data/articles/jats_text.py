@@ -7,7 +7,7 @@ import unicodedata
 from xml.etree.ElementTree import Element
 
 XLINK_HREF = "{http://www.w3.org/1999/xlink}href"
-_MATHML = "{http://www.w3.org/1998/Math/MathML}"
+MATHML = "{http://www.w3.org/1998/Math/MathML}"
 
 _BLOCKS = frozenset(
     {
@@ -27,9 +27,17 @@ _FORMULAE = frozenset({"inline-formula", "disp-formula", "chem-struct"})
 _NOTE_MARKS = frozenset({"fn", "table-fn", "corresp", "aff"})
 _CITATION_NUMBERS = re.compile(r"[\s\d,;–—\[\]()-]*")
 _EMPTY_BRACKETS = re.compile(r"\s?(?:\[[\s,;–—-]*\]|\([\s,;–—-]*\))")
+_LEFT_OUT = "\0"  # stands for a reference until the line is whole; XML cannot hold it
+_SEVERAL_LEFT_OUT = re.compile(r"\0(?:[\s,;–—-]*\0)+")
+_BRACKETED_LEFT_OUT = re.compile(r"\s?[\[(]\s?\0\s?[\])]")
+_LEFT_OUT_AT_END = re.compile(r"[\s,;]{0,3}\0(?=\s?[\])])|\s?\0(?=[.,;:])|(?<=[\[(])\0[\s,;]{0,3}")
+_LEFT_OUT_IN_WORDS = re.compile(r"(?<=\w)\0(?=\w)")
 _SENTENCE_END = (".", "?", "!", ":", ";", ",")
 _CLOSING = (")", "]", *_SENTENCE_END)
 _LONE_LETTER = re.compile(r"[A-Za-z]")
+_CLOSED_LETTER = re.compile(r"[).,:;]{1,3}(?=[A-Z][a-z])")  # behind it: "(<bold>A</bold>)Axial"
+_ORDINALS = ("st", "nd", "rd", "th")
+_LINKS = frozenset({"xref", "ext-link", "uri", "email"})
 
 MAX_TEX_CHARS = 20_000  # with the preamble that some publishers repeat in every formula
 _DOCUMENT = re.compile(r"\\begin\{document\}(.*?)\\end\{document\}", re.S)
@@ -55,7 +63,16 @@ def caption_text(caption: Element) -> str:
     Titles that end without a mark get a full stop. Numbers that cite the literature and marks of footnotes are left
     out, names that cite it stay; formulae are written in a line; ``10<sup>6</sup>`` becomes ``10^6``.
     """
-    return _EMPTY_BRACKETS.sub("", _one_line(_pieces(caption, is_caption=True)))
+    return _EMPTY_BRACKETS.sub("", _close_gaps(_one_line(_pieces(caption, is_caption=True))))
+
+
+def _close_gaps(line: str) -> str:
+    """A line without the places of what was left out, nor the brackets and commas that were around it."""
+    if _LEFT_OUT not in line:
+        return line
+    line = _BRACKETED_LEFT_OUT.sub(_LEFT_OUT, _SEVERAL_LEFT_OUT.sub(_LEFT_OUT, line))
+    line = _LEFT_OUT_IN_WORDS.sub(" ", _LEFT_OUT_AT_END.sub("", line))
+    return " ".join(line.replace(_LEFT_OUT, "").split())
 
 
 def _one_line(pieces: list[str]) -> str:
@@ -70,12 +87,12 @@ def _pieces(element: Element, is_caption: bool) -> list[str]:
         tag = child.tag
         if tag in _UNSAID and is_caption:
             inside: list[str] = []
-        elif tag in _FORMULAE or tag == f"{_MATHML}math" or tag == "tex-math":
+        elif tag in _FORMULAE or tag == f"{MATHML}math" or tag == "tex-math":
             inside = [text] if (text := formula_text(child)) else []
         elif tag == "alternatives":
             inside = _first_with_text(child, is_caption)
         elif is_caption and tag == "xref" and _is_mark(child):
-            inside = []
+            inside = [_LEFT_OUT]
         else:
             inside = _pieces(child, is_caption)
         if tag == "title" and is_caption:
@@ -83,7 +100,9 @@ def _pieces(element: Element, is_caption: bool) -> list[str]:
         elif tag == "sup":
             inside = _raised(pieces[-1] if pieces else "", "".join(inside))
         inside = [piece for piece in inside if piece]
-        pieces += [" ", *inside, " "] if tag in _BLOCKS else inside
+        if tag in _BLOCKS or _is_glued("".join(pieces[-2:]), child, inside):
+            pieces.append(" ")
+        pieces += [*inside, " "] if tag in _BLOCKS else inside
         pieces += _tail(child, inside)
     return pieces
 
@@ -100,7 +119,7 @@ def _is_mark(reference: Element) -> bool:
 
 
 def _ended(title: str) -> str:
-    title = title.rstrip()
+    title = title.rstrip(f" {_LEFT_OUT}")
     return title if not title or title.endswith(_SENTENCE_END) else f"{title}."
 
 
@@ -108,7 +127,7 @@ def _raised(before: str, raised: str) -> list[str]:
     """An exponent stays apart from a number before it, a letter from a word."""
     if before and raised.strip() and before[-1].isalnum():
         first = raised.strip()[0]
-        is_ordinal = before[-1].isdigit() and raised.strip() in ("st", "nd", "rd", "th")
+        is_ordinal = before[-1].isdigit() and raised.strip() in _ORDINALS
         if (before[-1].isdigit() and (first.isdigit() or first in "-−–+") and raised.strip() not in "-−–+") or (
             first.isalpha() and before[-1].isalpha() and not is_ordinal
         ):
@@ -116,14 +135,29 @@ def _raised(before: str, raised: str) -> list[str]:
     return [raised]
 
 
+def _is_glued(before: str, child: Element, inside: list[str]) -> bool:
+    """Whether type setting alone parts a child from the text before it: ``see<xref>Figure 2</xref>``."""
+    first = inside[0][:1] if inside else ""
+    if child.tag in _LINKS or child.tag in _FORMULAE:
+        return len(before) > 1 and before[-2:].isalpha() and first.isalnum()
+    is_closed = before[-1:] in _CLOSING and before[-2:-1].isalnum()
+    return child.tag == "bold" and is_closed and (first.isupper() or first == "(")
+
+
 def _tail(child: Element, inside: list[str]) -> list[str]:
     """The text after a child, apart where type setting alone parted it: ``<bold>(A)</bold>Axial``."""
     tail = child.tail or ""
+    last = inside[-1] if inside else ""
+    is_letter = child.tag in ("bold", "italic") and inside == [last] and bool(_LONE_LETTER.fullmatch(last))
+    if is_letter and (closed := _CLOSED_LETTER.match(tail)):
+        return [closed[0], " ", tail[closed.end() :]]
     if not tail[:1].isalpha() or child.tag in ("sub", "sup"):
         return [tail] if tail else []
-    last = inside[-1] if inside else ""
-    is_letter = child.tag == "bold" and inside == [last] and bool(_LONE_LETTER.fullmatch(last))
-    is_apart = last[-1:] in _CLOSING or (is_letter and tail[0].isupper() and tail[1:2].islower())
+    if child.tag in _LINKS or child.tag in _FORMULAE:
+        # One letter is a panel or a plural: ``<xref>Fig. 2</xref>b``.
+        is_apart = last[-1:].isalnum() and tail[1:2].isalpha() and not tail.startswith(_ORDINALS)
+    else:
+        is_apart = last[-1:] in _CLOSING or (is_letter and tail[0].isupper() and tail[1:2].islower())
     return [" ", tail] if is_apart else [tail]
 
 
@@ -135,7 +169,7 @@ def formula_text(formula: Element) -> str:
 
     ``<msup>`` becomes ``a^b``, ``<msub>`` ``a_b``, ``<mfrac>`` ``a/b``, ``<msqrt>`` ``√(a)``.
     """
-    math = formula if formula.tag == f"{_MATHML}math" else formula.find(f".//{_MATHML}math")
+    math = formula if formula.tag == f"{MATHML}math" else formula.find(f".//{MATHML}math")
     if math is not None and (text := " ".join(_mathml(math).split())):
         return text
     tex = formula if formula.tag == "tex-math" else formula.find(".//tex-math")
@@ -145,7 +179,7 @@ def formula_text(formula: Element) -> str:
 
 
 def _mathml(element: Element) -> str:
-    tag = element.tag.removeprefix(_MATHML)
+    tag = element.tag.removeprefix(MATHML)
     if tag in ("mi", "mn", "mtext", "ms"):
         return (element.text or "").strip()
     if tag == "mo":
@@ -162,6 +196,11 @@ def _mathml(element: Element) -> str:
         return f"{parts[0]}_{_bracketed(parts[1])}"
     if tag == "mfrac" and len(parts) == 2:
         return f"{_bracketed(parts[0])}/{_bracketed(parts[1])}"
+    if tag in ("msubsup", "munderover") and len(parts) == 3:
+        return f"{parts[0]}_{_bracketed(parts[1])}^{_bracketed(parts[2])}"
+    if tag == "mfenced":
+        inner = element.get("separators", ",")[:1].join(parts)
+        return f"{element.get('open', '(')}{inner}{element.get('close', ')')}"
     if tag == "msqrt":
         return f"√({''.join(parts)})"
     return (" " if tag in ("mtr", "mtd") else "").join(parts)

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 MAX_PANELS = 26
 _MAX_CHARS = 20_000  # of a caption; longer ones are tables, and are not searched
 
-_LETTERS = rf"[A-Za-z](?:\s*(?:,|;|&|and|to|through|-|–|—|,\s*and)\s*[A-Za-z]){{0,{MAX_PANELS}}}"
-_BRACKETED = re.compile(rf"\((?:[Pp]anels?\s+)?({_LETTERS})\)\s*[:.,]?\s*")
+_DASHES = "‐‑‒–—−-"
+_LETTERS = rf"[A-Za-z](?:\s*(?:,\s*and|[,;&/{_DASHES}]|and|to|through)\s*[A-Za-z]){{0,{MAX_PANELS}}}"
+_BRACKETED = re.compile(rf"[(\[（](?:[Pp]anels?\s+)?({_LETTERS})[)\]）]\s*[:.,]?\s*")
 _BARE = re.compile(rf"(?<![\w(])(?:[Pp]anels?\s+)?({_LETTERS})\s?([,:.)])\s+")
-_SEPARATOR = re.compile(r"\s*(,\s*and|,|;|&|and|to|through|-|–|—)\s*")
-_RANGE = {"to", "through", "-", "–", "—"}
+_SEPARATOR = re.compile(rf"\s*(,\s*and|[,;&/{_DASHES}]|and|to|through)\s*")
+_RANGE = {"to", "through", *_DASHES}
+_POSITION = re.compile(r"\b(left|right|top|bottom|upper|lower|middle|cent(?:er|re))(?: (?:panel|image|row)s?)?:", re.I)
 
 # A marker opens its text: it stands at the beginning, behind a mark, or behind one of these words.
 _OPENING = re.compile(r"(?:^|[.;:,?!)\]]|\b(?:and|showing|shows|show|with|of|including|are|is)|[—–])\s*$")
@@ -71,7 +73,8 @@ def names_panels(caption: str) -> bool:
     """Whether a caption speaks of several panels, in whatever order of letter and text."""
     text = caption[:_MAX_CHARS]
     letters = {letter for match in _BRACKETED.finditer(text) for letter in _letters(match[1])}
-    return {"A", "B"} <= letters or _count(_in_sequence(_bare(text))) > 1
+    positions = {match[1].lower() for match in _POSITION.finditer(text)}  # "Left: CT. Right: MRI."
+    return {"A", "B"} <= letters or len(positions) > 1 or _count(_in_sequence(_bare(text))) > 1
 
 
 def _bracketed(caption: str) -> Iterator[_Marker]:
