@@ -228,6 +228,12 @@ def test_names_of_columns_and_fields_are_searched_and_not_repeated(tmp_path, ide
         ("19560403", "3rd of April 1956"),
         ("19560403", "4/3/56"),
         ("19560403", "03041956"),
+        ("19560403", "03APR1956"),
+        ("19560403", "3 de abril de 1956"),
+        ("19560403", "1956年4月3日"),
+        ("+49 171 5551770", "0171-5551770"),
+        ("MacGillivray^Fiona", "Mac Gillivray"),
+        ("McGillivray^Fiona", "macgillivray"),
     ],
 )
 def test_an_identifier_is_found_in_other_spellings(identifier, text):

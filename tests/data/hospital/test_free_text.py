@@ -6,6 +6,8 @@ import time
 import pytest
 
 from medclip_hf.data.hospital.free_text import TextDeidentifier
+from medclip_hf.data.phantoms.torso_reports import write_report
+from medclip_hf.data.phantoms.torsos import plan_patient
 
 pytest.importorskip("presidio_analyzer")
 
@@ -92,7 +94,7 @@ def test_a_model_that_is_not_installed_is_named():
         TextDeidentifier(ner_model="no_such_model")("text")
 
 
-@pytest.mark.parametrize("piece", ["A", "A b. ", "1 ", "A-", "Mr A A A, ", "a@", "a.", "Aa "])
+@pytest.mark.parametrize("piece", ["A", "A b. ", "1 ", "A-", "Mr A A A, ", "a@", "a.", "Aa ", "by Aa, ", "/a", "Anna "])
 def test_hostile_texts_take_no_time(piece):
     started = time.perf_counter()
     TextDeidentifier(use_presidio=False)(piece * (8000 // len(piece)), ["a^b"])
@@ -152,3 +154,91 @@ def test_initials_of_a_name_do_not_take_medical_abbreviations_along():
 def test_a_name_of_two_letters_goes_where_it_is_written_as_one():
     cleaned = TextDeidentifier(use_presidio=False)("Seen with Li today, the LI joint intact.", ["Li^Wei"]).text
     assert cleaned == "Seen with [NAME] today, the LI joint intact."
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("Seen by Meier; discussed with Patel and Ng.", "Meier Patel Ng"),
+        ("The mother Anna and her brother, Tom Bradley, agree.", "Anna Tom Bradley"),
+        ("Communicated to nurse Jennifer O\u2019Neill at noon.", "Jennifer Neill"),
+        ("REPORTED BY JAN VAN DER MEULEN, cc: THOMAS WEBER", "JAN MEULEN THOMAS WEBER"),
+        ("Referring: José María García-Hernández de la Cruz", "José García Hernández Cruz"),
+        ("Dr. Abd al-Rahman ibn Khalid; Nguyễn Văn An, MD", "Rahman Khalid Nguyễn Văn"),
+        ("Signed, P. Kowalski-Nowak. Attending: Smith / Resident: Jones", "Kowalski Nowak Smith Jones"),
+        ("Herr Dr. med. Öztürk, Rücksprache mit Huber, Tochter Lisa", "Öztürk Huber Lisa"),
+        ("Compte rendu signé par Lefèvre. Firmado por Muñoz. Dhr. Jansen", "Lefèvre Muñoz Jansen"),
+        ("dr. meier agrees. Name: müller, hans", "meier müller hans"),
+        ("Jane Doe is a 45-year-old woman. Harper JS, FRCR. Signed: 王小明", "Jane Doe Harper 小明"),
+    ],
+)
+def test_a_person_whom_no_header_knows_is_found_by_title_role_relation_or_first_name(text, names):
+    cleaned = TextDeidentifier(use_presidio=False)(text).text
+    assert [name for name in names.split() if name in cleaned] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Discussed with Radiology, confirmed by Doppler. Seen with Crohn disease. Mother has Diabetes.",
+        "Baker's cyst, Colles' fracture, Hodgkin lymphoma, Rosai-Dorfman disease, 14 Fr Foley catheter.",
+        "DISCUSSED WITH THE TEAM. SEEN ON MR. THE LIVER IS NORMAL. PATIENT HAS CHEST PAIN. NURSE STATES SO.",
+        "Series name: Axial Lung. Radiologist recommends MRI. Patient position: Supine. ANA positive.",
+        "Mutter mit Mammakarzinom, Rücksprache mit Chirurgie. Vergleich mit Voruntersuchung.",
+        "In 2020 CT Chest was normal. Three years ago 12 nodules. 95% of 350 mm, DLP 450.",
+    ],
+)
+def test_words_of_medicine_are_taken_for_no_name(text):
+    assert TextDeidentifier(use_presidio=False)(text).text == text
+
+
+def test_reports_of_phantoms_keep_every_word():
+    deidentify = TextDeidentifier(use_presidio=False)
+    for patient in range(20):
+        for plan in plan_patient(3, patient):
+            text = " ".join(str(part) for part in vars(write_report(plan)).values())
+            assert deidentify(text).text == text
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("on the third of April", "April"),
+        ("el 3 de abril de 2020", "abril"),
+        ("5 maart 2020", "maart"),
+        ("2020年4月3日", "2020"),
+        ("03APR2020", "APR"),
+        ("born in 1956", "1956"),
+        ("aged 94", "94"),
+        ("ninety-four-year-old", "ninety"),
+        ("91F with cough", "91"),
+        ("DNI 12345678Z", "12345678"),
+        ("RSSMRA85T10A562S", "RSSMRA"),
+        ("AHV 756.1234.5678.97", "1234"),
+        ("06 12 34 56 78", "34 56"),
+        ("Am Kirchberg 7, 79104 Freiburg", "Kirchberg"),
+        ("Keizersgracht 123, 1015 CJ Amsterdam", "1015"),
+        ("jane dot doe at gmail dot com", "jane"),
+        ("see pacs.clinic.org:8080", "clinic"),
+        ("file /mnt/pacs/Kolb/img.dcm", "Kolb"),
+        ("at Mount Sinai", "Sinai"),
+    ],
+)
+def test_dates_numbers_and_places_are_found_in_the_forms_of_other_countries(text, word):
+    assert word not in TextDeidentifier(use_presidio=False)(text).text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("MACDONALD^IAIN", "Mc Donald"),
+        ("McAllister^Fiona", "MacAllister"),
+        ("al-Rahman^Mohammed", "Muhammad"),
+        ("Kim^Minjun", "Min-jun"),
+        ("Zebulonsky^Martha", "Zebu-lonsky"),
+        ("Иванов^Иван", "Иванову"),
+        ("+49 (171) 555-0199", "0171 5550199"),
+    ],
+)
+def test_a_known_name_or_number_is_found_in_another_form(value, text):
+    assert TextDeidentifier(use_presidio=False)(f"saw {text} there", [value]).text.split()[1].startswith("[")

@@ -14,6 +14,9 @@ WORDS: dict[str, frozenset[str]] = {
     for name, words in json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8")).items()
 }
 
+# Any letter but the small ones of the alphabets in use: a class of all capitals would be slow to compile.
+CAPITAL = "[^\\W\\d_a-zß-öø-ÿа-яёα-ωά-ώąćęłńśźżčďěňřšťůžđğışșţțőűāēģīķļņū]"
+
 # Letters that look alike, or have no accent to take off, and signs that one types for another.
 _ALIKE = str.maketrans(
     dict(zip("авекмнорстухіјѕһԁԛԝαβεηικμνορτυχζ", "abekmhopctyxijshdqwabenikmvoptuxz", strict=True))
@@ -23,7 +26,12 @@ _ALIKE = str.maketrans(
 )
 _BROKEN_WORD = re.compile(r"(?<=[^\W_])-(?:[ \t]*\r?\n[ \t]*|[ \t]{1,8})(?=[^\W_])")
 _SPACED_WORD = re.compile(r"(?<![^\W_])(?:[^\W_] ){3,}[^\W_](?![^\W_.])")
+_MAC = re.compile(r"(?:ma?c|m')[ ']?(?=[^\W\d_]{4})")
+_MIN_NATIONAL_DIGITS = 7  # of a phone number without its country code
 _UMLAUTS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "å": "aa", "ø": "oe", "æ": "ae"})
+
+# Forms of one name in Latin letters, in groups: each word to its group.
+_TRANSLITERATIONS = {word: frozenset(group.split()) for group in WORDS["transliterations"] for word in group.split()}
 
 
 def folded(text: str) -> str:
@@ -74,7 +82,21 @@ def spellings(word: str) -> set[str]:
     """The folded forms of a word, without apostrophes: Müller is also Mueller and Muller, and the other way round."""
     plain = folded(word).replace("'", "")
     spelled_out = folded(unicodedata.normalize("NFC", word).casefold().translate(_UMLAUTS)).replace("'", "")
-    return {plain, spelled_out, re.sub(r"([aou])e", r"\1", plain)} - {""}
+    found = {plain, spelled_out, re.sub(r"([aou])e", r"\1", plain)} - {""}
+    if match := _MAC.match(folded(word)):  # MacDonald is also McDonald
+        found |= {prefix + folded(word)[match.end() :].replace("'", "") for prefix in ("mac", "mc")}
+    return found | _TRANSLITERATIONS.get(plain, frozenset())
+
+
+def number_forms(value: str) -> set[str]:
+    """The letters and digits of a number in the ways it is written: with and without leading zeros or country code."""
+    whole = compact(value)
+    forms = {whole, whole.lstrip("0")}
+    if value.strip().startswith("+") and whole.isdigit():
+        nationals = {whole[length:].lstrip("0") for length in (1, 2, 3)}
+        for national in (number for number in nationals if len(number) >= _MIN_NATIONAL_DIGITS):
+            forms |= {national, f"0{national}", f"00{whole}"}
+    return forms - {""}
 
 
 def name_parts(value: str) -> Iterator[str]:

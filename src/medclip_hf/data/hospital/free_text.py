@@ -13,8 +13,8 @@ import functools
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from medclip_hf.data.hospital.folding import (
@@ -26,8 +26,11 @@ from medclip_hf.data.hospital.folding import (
     is_caseless,
     name_parts,
     names_beside_numbers,
+    number_forms,
     spellings,
 )
+from medclip_hf.data.hospital.persons import person_spans
+from medclip_hf.data.hospital.text_rules import Span, rule_spans
 
 logger = logging.getLogger(__name__)
 
@@ -35,145 +38,6 @@ KINDS = ("NAME", "DATE", "TIME", "ID", "PHONE", "EMAIL", "URL", "ADDRESS", "INST
 MAX_CHARACTERS = 50_000  # of one text, 20 times a long report; what is beyond is cut off
 WRAPPED_LINE = 60  # characters: a line break after so many is no end of a sentence
 PHONE_REGIONS = ("US", "GB", "DE", "FR")  # each costs time on every text; numbers with "+" are known everywhere
-
-Span = tuple[int, int, str]  # start, end, kind
-
-_MONTHS = (
-    "january|february|april|june|july|august|september|october|november|december|jan|feb|apr|jun|jul|aug|sept|sep|oct|"
-    "nov|dec|januar|februar|märz|mai|juni|juli|oktober|dezember|okt|dez|janvier|février|avril|juin|juillet|août|"
-    "septembre|octobre|novembre|décembre|enero|febrero|marzo|abril|mayo|junio|julio|agosto|septiembre|octubre|"
-    "noviembre|diciembre|gennaio|febbraio|aprile|maggio|giugno|luglio|settembre|ottobre|dicembre"
-)
-# "may" and "march" are verbs as well: as months they are written with a capital.
-_MONTH = rf"(?:(?i:{_MONTHS})|May|MAY|March|MARCH|Mar|MAR)\b\.?"
-_DAY = r"(?:0?[1-9]|[12]\d|3[01])"
-_YEAR = r"(?:(?:19|20)\d\d|['’]\d\d)"
-_CAPITAL = r"[A-ZÀ-ÖØ-ÞŁŚŠŽČĆĐ]"
-_NAME_WORD = rf"\b{_CAPITAL}[\w'’-]{{0,38}}\w"  # every repetition has a bound: hostile texts must not take hours
-_PARTICLE = r"(?:von|van|de|der|den|di|da|du|la|le|zu|zum|bin|al|el|ter|ten|dos|del)"
-_NAME = (
-    rf"(?:{_CAPITAL}\.[ \t]?){{0,3}}(?:{_PARTICLE}[ \t]+){{0,2}}{_NAME_WORD}"
-    rf"(?:,?[ \t]+(?:{_CAPITAL}\b\.?|(?:{_PARTICLE}[ \t]+){{0,2}}{_NAME_WORD})){{0,3}}"
-)
-_TITLE = (
-    r"(?:Mr|Mrs|Ms|Miss|Mx|Dr|DR|Drs|Prof|PROF|Professor|Doctor|Herrn?|Frau|Hr|Fr|Mme|Mlle|Monsieur|Madame|Sig|Sra?|"
-    r"Señora?|Sister|Nurse|Oberarzt|Chefarzt)\b\.?"
-)
-_ROLE = (
-    r"(?i:patient(?:'s)?[ \t]+name|name|surname|first[ \t]+name|last[ \t]+name|dictated[ \t]+by|reported[ \t]+by|"
-    r"read[ \t]+by|(?:electronically[ \t]+)?signed(?:[ \t]+by)?|interpreted[ \t]+by|reviewed[ \t]+by|approved[ \t]+by|"
-    r"verified[ \t]+by|referred[ \t]+by|performed[ \t]+by|transcribed[ \t]+by|requested[ \t]+by|"
-    r"referring(?:[ \t]+(?:physician|doctor|md))?|ordering(?:[ \t]+(?:physician|provider))?|radiologist|attending|"
-    r"discussed[ \t]+with|communicated[ \t]+(?:to|with)|called[ \t]+to|notified|nachname|vorname|befunder|zuweiser|"
-    r"unterzeichnet|gezeichnet|nom|prénom|nombre|apellidos?)"
-)
-_ID_WORD = (
-    r"(?i:mrn|medical[ \t]+record(?:[ \t]+(?:number|no\.?|nr\.?))?|(?:patient|pat\.?|study|case|order|visit|encounter|"
-    r"account|accession|acc|specimen|insurance|policy|licen[cs]e|passport|hospital|nhs|health[ \t]+card|fall|"
-    r"versicherten|auftrags?)[ \t.-]*(?:id|number|no|nr|nummer|num|#)\b\.?|ssn|accession|fallnummer|"
-    r"patientennummer|versichertennummer|dossier)|\bID|\bPID|\bFIN"
-)
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """A pattern whose group "it", or the whole match, is replaced where `accept` agrees."""
-
-    kind: str
-    pattern: re.Pattern[str]
-    accept: Callable[[re.Match[str]], bool] = field(default=lambda _: True)
-
-
-def _is_date(match: re.Match[str]) -> bool:
-    """Whether three numbers can be a day, a month and a year in any of the usual orders."""
-    first, second, third = (int(part) for part in re.findall(r"\d+", match[0])[:3])
-    if first > 31:  # the year comes first
-        first, second = third, second
-    return 1 <= first <= 31 and 1 <= second <= 31 and min(first, second) <= 12
-
-
-def _rule(kind: str, pattern: str, accept: Callable[[re.Match[str]], bool] | None = None) -> _Rule:
-    compiled = re.compile(pattern)
-    return _Rule(kind, compiled) if accept is None else _Rule(kind, compiled, accept)
-
-
-_RULES = (
-    _rule("EMAIL", r"\b[\w.+'-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+"),
-    _rule(
-        "EMAIL",
-        r"\b[\w.+'-]{1,64}[ \t]?[(\[](?i:at|ät)[)\]][ \t]?[\w.-]{1,63}(?:[ \t](?i:dot|punkt)[ \t]\w{2,10})?",
-    ),
-    _rule("URL", r"\b(?i:https?://|ftp://|file://|www\.)[^\s<>\"']+"),
-    _rule("URL", r"\b(?:\d{1,3}\.){3}\d{1,3}\b(?!\.\d)", lambda match: all(int(x) < 256 for x in match[0].split("."))),
-    _rule("ID", r"\b\d+(?:\.\d+){5,}\b"),  # DICOM's unique identifiers
-    _rule("DATE", r"\b\d{1,2}[./–-]\d{1,2}[./–-](?:\d{4}|\d{2})\b(?![./–-]\d)", _is_date),
-    _rule("DATE", r"\b\d{1,2}[./・][ \t]?\d{1,2}[./・][ \t]?(?:19|20)\d\d\b", _is_date),
-    _rule("DATE", r"\b\d{1,2}[./ -][ \t]?(?:I{1,3}|IV|VI{0,3}|IX|XI{0,2})[./ -][ \t]?(?:(?:19|20)\d\d|\d\d)\b"),
-    _rule("DATE", r"(?<![\d.,])(?:0[1-9]|[12]\d|3[01])\.(?:0[1-9]|1[0-2])\.(?=[ \t]+[a-zäöü])"),
-    _rule("DATE", r"\b(?:19|20)\d\d[./-]\d{1,2}[./-]\d{1,2}(?:T\d\d:\d\d\S*)?\b", _is_date),
-    _rule("DATE", r"\b(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\b"),
-    _rule("DATE", r"\b(?:0?[1-9]|1[0-2])/(?:19|20)\d\d\b"),
-    _rule(
-        "DATE",
-        rf"\b(?i:on|dated|since|from|am|vom|seit|le|du)[ \t]+(?P<it>{_DAY}[./]{_DAY}\b(?![./]?\d)(?!\s*(?:cm|mm))\.?)",
-    ),
-    _rule(
-        "DATE",
-        rf"(?<![\w./]){_DAY}(?i:st|nd|rd|th)?\.?[ \t-]*(?:of[ \t]+)?{_MONTH}(?:[ \t,-]*{_YEAR}\b|-\d\d\b)?",
-    ),
-    _rule(
-        "DATE",
-        rf"\b(?:(?:19|20)\d\d[ \t,]+)?{_MONTH}[ \t]*{_DAY}(?i:st|nd|rd|th)?\b(?!\s*(?:cm|mm|%))(?:[ \t,]*{_YEAR})?",
-    ),
-    _rule("DATE", rf"\b{_MONTH}[ \t,]*{_YEAR}\b"),
-    _rule("TIME", r"\b(?:[01]?\d|2[0-3]):[0-5]\d:[0-5]\d\b"),
-    _rule("TIME", r"\b(?:[01]?\d|2[0-3])[:.][0-5]\d[ \t]*(?i:am|pm|a\.m\.|p\.m\.|uhr|hrs?|hours)(?!\w)"),
-    _rule("AGE", r"\b(?P<it>9\d|1[0-2]\d)(?=[ \t-]*(?i:years?|yrs?|y[./]?o|jahre|jährig|ans|años|anni|y)\b)"),
-    _rule("PHONE", r"(?i:\b(?:tel(?:ephone|efon)?|phone|fax|mobile|cell|pager|handy|call|ext)\b[ .:#]*"
-                   r"(?:number|no\.?|nr\.?)?[ :]*(?:at|on)?[ \t]*)(?P<it>[+(]?\d[\d ()/.-]{2,}\d)"),
-    _rule("PHONE", r"(?<![\w.])\+\d{1,3}[ ()/.-]*\d[\d ()/.-]{5,}\d"),
-    _rule("PHONE", r"(?<![\w.])\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}\b"),
-    _rule("ID", rf"(?:{_ID_WORD})[ \t]*[:#=.]*[ \t]*(?:is[ \t]+)?(?P<it>[A-Za-z]{{0,6}}[-_/]?\d[\w./-]*\b)"),
-    _rule("ID", r"(?<![\w.])[A-Z]{1,5}[-_/]?\d{5,}\w*\b"),
-    _rule("ID", r"(?<![\w.,])\d{6,}\b"),
-    _rule("ID", r"\b\d{3}[ -]\d{2}[ -]\d{4}\b"),
-    _rule("NAME", r"\b[^\W\d_][\w'’-]{0,39}\^[^\W\d_][\w'’-]{0,39}(?:\^[\w'’.-]{0,39}){0,3}"),
-    _rule("NAME", rf"\b{_TITLE}[ \t]*(?:(?:med|dent|Dr|Prof|habil|h\.c)\b\.?[ \t]*)*(?P<it>{_NAME})"),
-    _rule("NAME", rf"\b(?:{_TITLE}|(?i:patient(?:in)?|pat|pt)\b\.?)[ \t]*(?P<it>(?:{_CAPITAL}\.[ \t]?){{1,3}})(?!\w)"),
-    _rule("NAME", rf"\b{_ROLE}[ \t]*[:\-–]?[ \t]*(?:{_TITLE}[ \t]*)*(?P<it>{_NAME})"),
-    _rule("NAME", rf"\b(?:Patient|Patientin|Pt|PATIENT|Paciente)[ \t]+(?P<it>{_NAME_WORD}[ \t]+{_NAME_WORD})"),
-    _rule("NAME", rf"\b(?i:patient(?:in)?|pat\.|pt|paciente)[ \t]*[:=][ \t]*(?:{_TITLE}[ \t]*)?(?P<it>{_NAME})"),
-    _rule(
-        "NAME",
-        rf"\b(?P<it>{_NAME_WORD}(?:[ \t]+{_CAPITAL}\.)?[ \t]+{_NAME_WORD}),?[ \t]+"
-        r"(?:MD|M\.D\.|DO|D\.O\.|PhD|Ph\.D\.|FRCR|FRCPC|RN|MBBS|DDS)(?!\w)",
-    ),
-    _rule(
-        "ADDRESS",
-        rf"\b\d{{1,5}}[A-Za-z]?[ \t]+(?:{_CAPITAL}[\w'.-]{{1,39}}[ \t]+){{1,3}}"
-        r"(?i:street|st|road|rd|avenue|ave|lane|ln|drive|boulevard|blvd|court|place|square|terrace|highway|parkway)\b\.?",
-    ),
-    _rule("ADDRESS", rf"\b{_CAPITAL}[\w-]{{0,39}}(?i:straße|strasse|str\.|weg|platz|allee|gasse|ufer)[ \t]+\d+[a-z]?\b"
-          rf"(?:,?[ \t]+\d{{4,5}}[ \t]+{_NAME_WORD})?"),
-    _rule("ADDRESS", rf"\b(?i:rue|avenue|calle|via|boulevard)[ \t]+(?:d[eu]s?[ \t]+|la[ \t]+)*{_NAME_WORD}"),
-    _rule("ADDRESS", rf"\b(?:[DAFI]|CH)-\d{{4,5}}(?:[ \t]+{_NAME_WORD})?"),
-    _rule("ADDRESS", rf"(?:{_NAME_WORD},?[ \t]+)?\b[A-Z]{{2}}[ \t]+\d{{5}}(?:-\d{{4}})?\b"),
-    _rule("ADDRESS", rf"(?:{_NAME_WORD},?[ \t]+)?\b[A-Z]{{1,2}}\d[A-Z\d]?[ \t]\d[ABD-HJLNP-UW-Z]{{2}}\b"),
-    _rule("ADDRESS", r"\b(?i:p\.?[ \t]?o\.?[ \t]?box|postfach)[ \t]+\d+"),
-    _rule(
-        "INSTITUTION",
-        rf"\b(?:(?:{_CAPITAL}[\w'’.&-]{{0,39}}|of|de|the)[ \t]+){{0,5}}"
-        rf"{_CAPITAL}[\w'’.&-]{{0,39}}[ \t]+"
-        r"(?:Hospital|Clinics?|Infirmary|Klinikum|Klinik|Krankenhaus|Spital|Hospice|Healthcare|"
-        r"(?:Medical|Imaging|Health|Cancer|Radiology)[ \t]+"
-        r"(?:Cent(?:er|re)|System|Group|Institute|Network|Trust))\b(?:[ \t]+of[ \t]+\w+)?",
-    ),
-    _rule(
-        "INSTITUTION",
-        rf"\b(?:University[ \t]+of|Universitäts(?:klinikum|klinik|spital|medizin)|Klinikum|Krankenhaus|H[oô]pital|"
-        rf"Hospital|Charit[eé]|CHU)(?:[ \t]+(?:of|de|der|am|St\.?))*[ \t]+{_NAME_WORD}(?:[ \t]+{_NAME_WORD})?",
-    ),
-)  # fmt: skip
 
 # Words that are names of some and everyday language in reports: in small letters they are left alone.
 _EVERYDAY = WORDS["everyday"]
@@ -183,7 +47,9 @@ _MIN_NUMBER = 4  # letters and digits; shorter numbers are in every measurement
 _MIN_DIGITS = 5  # of a number whose letters are left out: "MRN-12345" as "12345"
 _MIN_CASELESS = 2  # characters of a name in a script without capitals
 _MIN_SPACED = 4  # letters of a name with a space behind each: "M I L L E R"
+_MIN_HYPHENED = 6  # letters of a name with a hyphen or a space somewhere in it: "Zebu-lonsky", "Min Jun"
 _MIN_RUN_TOGETHER = 6  # letters of names in one word: "MillerAnn"
+_CYRILLIC = re.compile(r"[а-яё]", re.IGNORECASE)
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 
 
@@ -223,7 +89,7 @@ class TextDeidentifier:
         """
         text = _without_invisible(text[:MAX_CHARACTERS])
         flowing = _without_wrapping(text)  # as long as the text: places are the same
-        spans = [*_known_spans(flowing, identifying), *_rule_spans(flowing)]
+        spans = [*_known_spans(flowing, identifying), *rule_spans(flowing), *person_spans(flowing)]
         if self.use_presidio:
             spans += _presidio_spans(flowing, self._recognisers())
         if self.ner_model is not None:
@@ -257,14 +123,6 @@ def _without_wrapping(text: str) -> str:
     return re.sub(rf"(?<=[^\n]{{{WRAPPED_LINE}}})\n(?=[^\s])", " ", text)
 
 
-def _rule_spans(text: str) -> Iterator[Span]:
-    for rule in _RULES:
-        for match in rule.pattern.finditer(text):
-            if rule.accept(match):
-                start, end = match.span("it") if "it" in rule.pattern.groupindex else match.span()
-                yield start, end, rule.kind
-
-
 def _known_spans(text: str, identifying: Sequence[str]) -> Iterator[Span]:
     """Where the text names what is known of the patient."""
     if not identifying:
@@ -290,9 +148,8 @@ def _spans_of_value(text: str, plain: str, places: list[int], value: str) -> Ite
 
 def _spans_of_number(plain: str, value: str) -> Iterator[Span]:
     """Places of a number or address, whatever separates its characters, and of its digits without its letters."""
-    whole = compact(value)
-    forms = {whole, whole.lstrip("0")}
-    digits = re.sub(r"\D", "", whole)
+    forms = number_forms(value)
+    digits = re.sub(r"\D", "", compact(value))
     if len(digits) >= _MIN_DIGITS:
         forms.add(digits)
     for form in forms:
@@ -315,10 +172,13 @@ def _spans_of_name(plain: str, text: str, places: list[int], parts: Sequence[str
     apostrophes = {folded(part) for part in parts if "'" in folded(part)}
     patterns = {re.escape(word) for word in words} | {re.escape(word).replace("'", r"['`\s]?") for word in apostrophes}
     patterns |= {" ".join(map(re.escape, word)) for word in words if len(word) >= _MIN_SPACED}
+    patterns |= {"[ -]?".join(map(re.escape, word)) for word in words if len(word) >= _MIN_HYPHENED}
+    patterns |= {rf"(?:ma?c|m')[ ']?{re.escape(word[2:])}" for word in words if word.startswith("mc")}
+    ending = r"[^\W\d_]{0,3}" if any(map(_CYRILLIC.search, parts)) else "s?"  # "Иванову", "Millers"
     word = "|".join(sorted(patterns, key=len, reverse=True))
     initials = "[" + "".join(sorted({re.escape(part[0]) for part in words})) + "]"
     pattern = (
-        rf"(?<![^\W_])(?:{initials}\.[ \t]?){{0,3}}(?:{word})(?:[\s,.^'`_-]{{0,3}}(?:{word})){{0,5}}s?(?![^\W_])"
+        rf"(?<![^\W_])(?:{initials}\.[ \t]?){{0,3}}(?:{word})(?:[\s,.^'`_-]{{0,3}}(?:{word})){{0,5}}{ending}(?![^\W_])"
         rf"(?:,?[ \t](?:{initials}\.[ \t]?){{1,3}}(?![^\W_]))?"
     )
     for match in re.finditer(pattern, plain):

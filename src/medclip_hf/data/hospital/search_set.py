@@ -27,8 +27,10 @@ from medclip_hf.data.hospital.folding import (
     is_caseless,
     name_parts,
     names_beside_numbers,
+    number_forms,
     spellings,
 )
+from medclip_hf.data.hospital.months import MONTH_NUMBERS
 from medclip_hf.data.hospital.pseudonyms import Pseudonyms
 from medclip_hf.data.parquet import write_text_atomically
 
@@ -53,12 +55,14 @@ _DATE_LIKE = re.compile(
     r"|(?P<e>\d\d)(?P<f>\d\d)(?P<g>(?:19|20)\d\d)"
     r"|(?<!\d[-./])(?P<h>\d{1,2})(?P<u>[-./] ?)(?P<i>\d{1,2})(?P=u)(?P<j>\d\d)(?![-./]?\d))(?!\d)"
 )
+_MONTH = "|".join(map(re.escape, sorted(MONTH_NUMBERS, key=len, reverse=True)))
 _NAMED_DATE = re.compile(
-    r"(?<![^\W_])(?:(?P<d1>\d{1,2})(?:st|nd|rd|th)?[ .-]{1,2}(?:of )?(?P<m1>[a-z]{3,9})"
-    r"|(?P<m2>[a-z]{3,9})[ .]{1,2}(?P<d2>\d{1,2})(?:st|nd|rd|th)?)[ ,.-]{1,2}(?P<y>(?:19|20)\d\d|\d\d)(?!\d)"
+    rf"(?<![^\W_])(?:(?P<d1>\d{{1,2}})(?:st|nd|rd|th|er)?[ .-]{{0,2}}(?:(?:of|de|del) )?(?P<m1>{_MONTH})"
+    rf"|(?P<m2>{_MONTH})[ .]{{1,2}}(?P<d2>\d{{1,2}})(?:st|nd|rd|th)?)[ ,.-]{{0,2}}(?:(?:of|de|del) )?"
+    r"(?P<y>(?:19|20)\d\d|\d\d)(?!\d)"
 )
-_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_OTHER_MONTHS = {"mai": "may", "okt": "oct", "dez": "dec"}  # German; the others begin alike
+_EASTERN_DATE = re.compile(r"(?<!\d)(?P<y>(?:19|20)\d\d) ?[年년] ?(?P<m>\d{1,2}) ?[月월] ?(?P<d>\d{1,2})")
+_PREFIXES = frozenset({"mac", "mc", "o", "d", "al", "el", "de", "le", "la", "van", "von", "st"})  # of names in two words
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,8 @@ class SearchSet:
                 pair = " ".join(sorted((word, following[0])))
                 if self._has("name", pair):
                     yield Hit(places[token.start()], "name")
+                elif word in _PREFIXES and with_name_parts and self._has("part", word + following[0]):
+                    yield Hit(places[token.start()], "part of a name")
             if with_name_parts and any(self._has("part", part) for part in _parts_of_word(word)):
                 yield Hit(places[token.start()], "part of a name")
 
@@ -172,7 +178,7 @@ class SearchSet:
         return 0
 
     def _dates(self, plain: str) -> Iterator[int]:
-        for match in (*_DATE_LIKE.finditer(plain), *_NAMED_DATE.finditer(plain)):
+        for match in _dates_like(plain):
             if any(self._has("date", day.isoformat()) for day in _days(match)):
                 yield match.start()
 
@@ -249,11 +255,11 @@ def _forms(value: str) -> Iterator[str]:
         yield from _forms_of_name([part for part in name_parts(value) if folded(part) not in WORDS["not_names"]])
         return
     plain = folded(value).strip()
-    for match in (*_DATE_LIKE.finditer(plain), *_NAMED_DATE.finditer(plain)):
+    for match in _dates_like(plain):
         if match[0] == plain or re.search(r"\d{4}", match[0]):  # three small numbers within others are no date
             yield from {f"date\x1f{day.isoformat()}" for day in _days(match)}
     digits = re.sub(r"\D", "", whole)
-    for form in {whole, whole.lstrip("0"), digits if len(digits) >= MIN_DIGITS else whole}:
+    for form in number_forms(value) | ({digits} if len(digits) >= MIN_DIGITS else set()):
         if len(form) >= (MIN_PLAIN_NUMBER if form.isdigit() else MIN_NUMBER):
             yield f"number\x1f{form}"
         elif len(form) >= MIN_NUMBER:
@@ -281,13 +287,17 @@ def _forms_of_name(parts: list[str]) -> Iterator[str]:
             yield f"part\x1f{part}"
 
 
+def _dates_like(plain: str) -> Iterator[re.Match[str]]:
+    """Everything in a folded text that is written as a date."""
+    for pattern in (_DATE_LIKE, _NAMED_DATE, _EASTERN_DATE):
+        yield from pattern.finditer(plain)
+
+
 def _days(match: re.Match[str]) -> Iterator[date]:
     """The dates that a match can mean: 03/04/20 is four."""
     found = match.groupdict()
     if "m1" in found:
-        name = (found["m1"] or found["m2"])[:3]
-        name = _OTHER_MONTHS.get(name, name)
-        month = str(_MONTHS.index(name) + 1 if name in _MONTHS else 0)
+        month = str(MONTH_NUMBERS[found["m1"] or found["m2"]])
         orders = [(found["y"], month, found["d1"] or found["d2"])]
     elif found["y"]:
         orders = [(found["y"], found["m"], found["d"])]
