@@ -14,19 +14,16 @@ device.
 """
 
 import argparse
-import dataclasses
-import hashlib
 import json
 import logging
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -34,25 +31,16 @@ from transformers.utils.logging import disable_progress_bar
 
 import medclip_hf  # noqa: F401 - makes the Auto classes know our models
 from medclip_hf.data.parquet import write_text_atomically
-from medclip_hf.evaluation.calibration import reliability_curve
-from medclip_hf.evaluation.ct_protocols import (
-    UNITS,
-    LabelTable,
-    ScoredScans,
-    ct_figures,
-    find_labels,
-    read_scores,
-    with_findings_of,
-)
-from medclip_hf.evaluation.curves import roc_curve_band
+from medclip_hf.evaluation.ct_protocols import find_labels, with_findings_of
+from medclip_hf.evaluation.ct_results import ct_result, validation_scans
 from medclip_hf.evaluation.encoders import OPEN_CLIP_PREFIX, Encoder, check_model_place, load_encoder
 from medclip_hf.evaluation.intervals import Interval
+from medclip_hf.evaluation.result_curves import reliability_curves, roc_curves
 from medclip_hf.evaluation.results import (
     StoredResult,
     compare_models,
     data_fingerprint,
     describe,
-    fingerprint,
     load_result,
     result_paths,
     save_result,
@@ -61,16 +49,15 @@ from medclip_hf.evaluation.run import EvaluationSettings, evaluate_task
 from medclip_hf.evaluation.task_data import read_task_data, read_validation_data
 from medclip_hf.evaluation.task_layouts import DATASETS_PREFIX
 from medclip_hf.evaluation.tasks import TASKS, Task, read_task, task, with_split
-from medclip_hf.explain.evaluation_report import figure_table, write_evaluation_report
-from medclip_hf.explain.plots import MAX_CURVES, bar_chart_with_intervals, reliability_plot, roc_plot
-from medclip_hf.explain.report import Picture, Table
+from medclip_hf.explain.evaluation_pictures import bars_by_modality, summary_table, task_pictures, write_task_page
+from medclip_hf.explain.evaluation_report import figure_table
+from medclip_hf.explain.report import Table
 
 logger = logging.getLogger("evaluate")
 
 SCORE_CT = Path(__file__).resolve().parent / "score_ct.py"
 RUNS_HERE = ("zero_shot_classification", "retrieval", "ct_zero_shot")
 FVLM = "fvlm"
-CURVE_RESAMPLES = 200  # bands of a picture
 
 
 @dataclass(frozen=True)
@@ -187,7 +174,7 @@ def run(options: argparse.Namespace) -> int:
     if not results:
         return 1
     comparisons = compare_models(results, patients, settings)
-    write_all(options.output, results, comparisons, patients, settings)
+    write_all(options.output, results, comparisons, patients)
     print(f"\n{sum(map(len, results.values()))} results, {failures} failed: {options.output}")
     return 0
 
@@ -382,60 +369,14 @@ def evaluate_ct(
     model: Model, work: Work, settings: EvaluationSettings, options: argparse.Namespace
 ) -> tuple[StoredResult, NDArray[Any]]:
     """The result of a CT model, from a table of scores that is continued or given."""
-    path = options.scores or score_scans(model, work, options)
-    labels = with_findings_of(find_labels(work.task, Path(work.source)), path)
-    content = [path, *([options.validation_scores] if options.validation_scores else [])]
-    identity = hashlib.blake2b(b"".join(file.read_bytes() for file in content), digest_size=16).hexdigest()
-    data_identity = hashlib.blake2b(
-        labels.labels.tobytes() + repr(labels.scan_ids).encode(), digest_size=16
-    ).hexdigest()
-    wanted = fingerprint(identity, work.task, data_identity, settings.identity)
-    stored = load_result(options.output, work.task.name, model.name, wanted)
-    if stored is None:
-        scans = read_scores(path, labels)
-        record = describe_ct(model, work.task, scans, settings, validation_scans(work, options, labels))
-        record |= {"model_identity": identity, "fingerprint": wanted}
-        place_of = {scan_id: place for place, scan_id in enumerate(labels.scan_ids)}
-        known = ~np.isnan(scans.scores)
-        arrays = {
-            "scores": np.where(known, scans.scores, 0.0),
-            "known": known,
-            "labels": scans.table.labels,
-            "rows": np.array([place_of[scan_id] for scan_id in scans.table.scan_ids]),
-        }
-        save_result(options.output, record, arrays)
-        stored = StoredResult(record, arrays)
+    row, folder = work.task, Path(work.source)
+    scores = options.scores or score_scans(model, work, options)
+    labels = with_findings_of(find_labels(row, folder), scores)
+    validation = None
+    if options.validation_scores:
+        validation = validation_scans(options.validation_scores, row, folder, labels.findings)
+    stored = ct_result(options.output, row, model.name, scores, labels, settings, validation)
     return stored, labels.patient_ids
-
-
-def describe_ct(
-    model: Model, row: Task, scans: ScoredScans, settings: EvaluationSettings, validation: ScoredScans | None
-) -> dict[str, Any]:
-    """The record of a CT result: figures by volume, and those over all findings by study and patient."""
-    resampling: dict[str, Any] = {
-        "num_resamples": settings.num_resamples,
-        "confidence": settings.confidence,
-        "seed": settings.seed,
-    }
-    by_unit = {unit: ct_figures(scans, unit=unit, validation=validation, **resampling) for unit in UNITS}
-    left_out = sorted(set(row.class_names or ()) - set(scans.table.findings))
-    return {
-        "task": row.name,
-        "title": row.title,
-        "task_type": row.task_type,
-        "modality": row.modality,
-        "split": row.split,
-        "model": model.name,
-        "settings": settings.identity,
-        "data": {
-            "counts": scans.counts,
-            "warnings": [f"findings whose anatomy the model does not know: {', '.join(left_out)}"] if left_out else [],
-            "set_aside": [],
-        },
-        "figures": by_unit["volume"],
-        "by_unit": {unit: {key: by_unit[unit][key] for key in ("overall", "published", "counts")} for unit in UNITS},
-        "published": [dataclasses.asdict(figure) for figure in row.published],
-    }
 
 
 def score_scans(model: Model, work: Work, options: argparse.Namespace) -> Path:
@@ -455,17 +396,6 @@ def score_scans(model: Model, work: Work, options: argparse.Namespace) -> Path:
     return path
 
 
-def validation_scans(work: Work, options: argparse.Namespace, labels: LabelTable) -> ScoredScans | None:
-    """Scores and labels of the train split, to choose thresholds on; None where no scores were given."""
-    if options.validation_scores is None:
-        return None
-    of_train = find_labels(replace(work.task, split="train"), Path(work.source))
-    kept = [of_train.findings.index(name) for name in labels.findings]
-    return read_scores(
-        options.validation_scores, replace(of_train, findings=labels.findings, labels=of_train.labels[:, kept])
-    )
-
-
 # What can be read ------------------------------------------------------------------------------------------------
 
 
@@ -474,10 +404,10 @@ def write_all(
     results: Mapping[str, Sequence[StoredResult]],
     comparisons: Mapping[str, Mapping[str, Any]],
     patients: Mapping[str, NDArray[Any] | None],
-    settings: EvaluationSettings,
 ) -> None:
     """Table, comparisons, and a page with pictures for each task."""
-    table = summary_table(results)
+    records = {name: [stored.record for stored in of_models] for name, of_models in results.items()}
+    table = summary_table(records)
     print(f"\n{table.as_text()}")
     lines = [f"| {' | '.join(row)} |" for row in (table.header, ["---"] * len(table.header), *table.rows)]
     write_text_atomically(folder / "summary.md", "\n".join(lines) + "\n")
@@ -485,13 +415,16 @@ def write_all(
     for name, comparison in comparisons.items():
         difference = Interval(**comparison["difference"]).as_text("{:+.3f}")
         print(f"{name}: {difference}, p = {p_text(comparison['p_value'])}, Holm {p_text(comparison['p_holm'])}")
-    for task_name, of_models in results.items():
-        pictures = draw_pictures(of_models, patients[task_name], settings)
-        for picture_name, content in pictures.items():
-            (folder / task_name / f"{picture_name}.png").write_bytes(content)
-        write_page(folder / task_name / "report.html", of_models, comparisons, pictures)
-    for name, is_ct in (("by_modality", False), ("by_modality_ct", True)):  # no model does both
-        bars = bars_by_modality(results, is_ct=is_ct)
+    for name, of_models in results.items():
+        has_curves = records[name][0]["task_type"] != "retrieval"
+        roc = roc_curves(of_models, patients[name]) if has_curves else {}
+        reliability = reliability_curves(of_models, patients[name]) if has_curves else {}
+        pictures = task_pictures(records[name], roc, reliability)
+        for picture_name, picture in pictures.items():
+            (folder / name / f"{picture_name}.png").write_bytes(picture.content)
+        write_task_page(folder / name / "report.html", records[name], comparisons, pictures)
+    for name, task_type in (("by_modality", "zero_shot_classification"), ("by_modality_ct", "ct_zero_shot")):
+        bars = bars_by_modality(records, task_type)  # apart: no model does both
         if bars is not None:
             (folder / f"{name}.png").write_bytes(bars)
 
@@ -499,125 +432,6 @@ def write_all(
 def p_text(value: float | None) -> str:
     """A p-value for a reader."""
     return "undefined" if value is None else f"{value:.3g}"
-
-
-def main_figure(record: Mapping[str, Any]) -> str:
-    """The name of the figure that stands for a task."""
-    return "image_to_text_recall@1" if record["task_type"] == "retrieval" else "auroc"
-
-
-def summary_table(results: Mapping[str, Sequence[StoredResult]]) -> Table:
-    """One row a task, one column a model."""
-    models = list(dict.fromkeys(stored.model for of_models in results.values() for stored in of_models))
-    rows = []
-    for task_name, of_models in results.items():
-        by_model = {stored.model: stored.record for stored in of_models}
-        figure = main_figure(of_models[0].record)
-        cells = [
-            Interval(**by_model[model]["figures"]["overall"][figure]).as_text() if model in by_model else ""
-            for model in models
-        ]
-        rows.append([task_name, of_models[0].record["modality"] or "", figure, *cells])
-    return Table(["task", "modality", "figure", *models], rows)
-
-
-def draw_pictures(
-    of_models: Sequence[StoredResult], patients: NDArray[Any] | None, settings: EvaluationSettings
-) -> dict[str, bytes]:
-    """File name to PNG: ROC curves, reliability, AUROC by class."""
-    first = of_models[0].record
-    if first["task_type"] == "retrieval":
-        return {"recall": recall_bars(of_models)}
-    pictures = {"auroc": auroc_bars(of_models)}
-    curves, reliability = {}, {}
-    for stored in of_models:
-        groups = None if patients is None else patients[stored.arrays["rows"]]
-        resampling: dict[str, Any] = {"groups": groups, "num_resamples": min(CURVE_RESAMPLES, settings.num_resamples)}
-        scores, truth, known = columns_of(stored)
-        flat_groups = None if groups is None else np.repeat(groups, scores.shape[1])[known.ravel()]
-        reliability[stored.model] = reliability_curve(
-            np.clip(scores[known], 0.0, 1.0), truth[known], **(resampling | {"groups": flat_groups})
-        )
-        for column, name in enumerate(first["figures"]["num_positive"]):
-            rows = known[:, column]
-            own = resampling | {"groups": None if groups is None else groups[rows]}
-            curve = roc_curve_band(scores[rows, column], truth[rows, column], **own)
-            if curve is not None and len(curves) < MAX_CURVES:
-                curves[f"{stored.model}: {name}" if len(of_models) > 1 else name] = curve
-    if curves:
-        pictures["roc"] = roc_plot(curves, title=first["title"])
-    pictures["reliability"] = reliability_plot(reliability, title=f"{first['title']}, all classes")
-    return pictures
-
-
-def columns_of(stored: StoredResult) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Scores, truth and known labels, (N, K) each."""
-    scores, labels = stored.arrays["scores"], stored.arrays["labels"]
-    truth = labels.astype(bool) if labels.ndim == 2 else labels[:, None] == np.arange(scores.shape[1])
-    return scores, truth, stored.arrays.get("known", np.ones(scores.shape, dtype=bool))
-
-
-def auroc_bars(of_models: Sequence[StoredResult]) -> bytes:
-    """AUROC of every class and of their mean, one bar a model."""
-    rows: dict[str, dict[str, Interval]] = {}
-    for stored in of_models:
-        figures = stored.record["figures"]
-        named = {"mean over classes": figures["overall"]["auroc"]}
-        named |= {name: own["auroc"] for name, own in figures["per_class"].items()}
-        for name, figure in named.items():
-            rows.setdefault(name, {})[stored.model] = Interval(**figure)
-    return bar_chart_with_intervals(rows, axis_label="AUROC", title=of_models[0].record["title"], reference=0.5)
-
-
-def recall_bars(of_models: Sequence[StoredResult]) -> bytes:
-    """Recall at each k both ways, one bar a model."""
-    rows: dict[str, dict[str, Interval]] = {}
-    for stored in of_models:
-        for name, figure in stored.record["figures"]["overall"].items():
-            rows.setdefault(name.replace("_", " "), {})[stored.model] = Interval(**figure)
-    return bar_chart_with_intervals(rows, axis_label="recall", title=of_models[0].record["title"])
-
-
-def bars_by_modality(results: Mapping[str, Sequence[StoredResult]], *, is_ct: bool) -> bytes | None:
-    """AUROC of every classification task, of CT scans or of images, by modality and name; None where there is none."""
-    wanted = "ct_zero_shot" if is_ct else "zero_shot_classification"
-    rows: dict[str, dict[str, Interval]] = {}
-    for task_name, of_models in results.items():
-        for stored in of_models:
-            if stored.record["task_type"] == wanted:
-                name = f"{stored.record['modality'] or 'other'}: {task_name}"
-                rows.setdefault(name, {})[stored.model] = Interval(**stored.record["figures"]["overall"]["auroc"])
-    if not rows:
-        return None
-    return bar_chart_with_intervals(dict(sorted(rows.items())), axis_label="AUROC, mean over classes", reference=0.5)
-
-
-def write_page(
-    path: Path,
-    of_models: Sequence[StoredResult],
-    comparisons: Mapping[str, Mapping[str, Any]],
-    pictures: Mapping[str, bytes],
-) -> None:
-    """One page about one task."""
-    first = of_models[0].record
-    facts = {"Task": first["title"], "Split": first["split"], "Protocol": first["task_type"].replace("_", " ")}
-    for stored in of_models:
-        if chosen_on := stored.record["figures"].get("thresholds", {}).get("chosen_on"):
-            facts[f"Thresholds of {stored.model}"] = f"chosen on {chosen_on}"
-        counts = ", ".join(f"{count} {reason}" for reason, count in stored.record["data"]["counts"].items())
-        facts[f"Data of {stored.model}"] = "; ".join([counts, *stored.record["data"]["warnings"]])
-    for figure in first["published"]:
-        if figure["class_name"] is None:
-            name = f"Published: {figure['model']}, {figure['metric']}, source: {figure['source']}"
-            facts[name] = f"{figure['value']} ({figure['protocol']})"
-    write_evaluation_report(
-        path,
-        first["title"],
-        {stored.model: stored.record["figures"] for stored in of_models},
-        facts=facts,
-        comparisons={name: entry for name, entry in comparisons.items() if name.startswith(f"{first['task']}: ")},
-        pictures=[Picture(content, name.replace("_", " ")) for name, content in pictures.items()],
-    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,14 @@ from medclip_hf.evaluation.embedding_cache import (
     encode_in_batches,
 )
 from medclip_hf.evaluation.encoders import Encoder, ImageEmbeddings
-from medclip_hf.evaluation.results import compare_models, data_fingerprint, describe, load_result, save_result
+from medclip_hf.evaluation.results import (
+    StoredResult,
+    compare_models,
+    data_fingerprint,
+    describe,
+    load_result,
+    save_result,
+)
 from medclip_hf.evaluation.run import EvaluationSettings, evaluate_task
 from medclip_hf.evaluation.task_data import ImageItem, TaskData
 from medclip_hf.evaluation.tasks import Task
@@ -377,6 +384,21 @@ def test_models_are_compared_pair_by_pair_with_holm_s_correction(single_label, t
     assert blind["p_value"] < blind["p_holm"] <= 1.0
     assert compared["colours: also sees against sees, auroc"]["difference"]["value"] == 0.0
     assert "captions: blind against sees, image_to_text_recall@1" in compared
+
+
+def scans_result(model, findings, scores, labels):
+    record = {"model": model, "figures": {"num_positive": dict.fromkeys(findings, 1), "kind": "multi-label"}}
+    return StoredResult(record, {"scores": scores, "labels": labels, "rows": np.arange(len(scores))})
+
+
+def test_models_that_know_other_findings_are_compared_on_those_of_both():
+    labels = np.array([[1, 0, 1], [0, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=bool)
+    first = scans_result("three", ("nodule", "effusion", "emphysema"), labels * 0.8, labels)
+    second = scans_result("two", ("emphysema", "nodule"), 1.0 - labels[:, [2, 0]], labels[:, [2, 0]])
+    third = scans_result("one", ("hernia",), labels[:, :1] * 1.0, labels[:, :1])
+    compared = compare_models({"ct": [first, second, third]}, {}, QUICK)
+    assert list(compared) == ["ct: two against three, auroc"]
+    assert compared["ct: two against three, auroc"]["difference"]["value"] == -1.0
 
 
 def test_tasks_of_other_types_say_what_runs_them(single_label):

@@ -177,23 +177,36 @@ def _pair(
         "groups": None if patients is None else patients[common],
     }
     if "scores" in first.arrays:
-        masks = [
-            stored.arrays["known"][own]
-            for stored, own in ((first, places), (second, other_places))
-            if "known" in stored.arrays
-        ]
-        differences = paired_differences(
-            first.arrays["scores"][places],
-            second.arrays["scores"][other_places],
-            first.arrays["labels"][places],
-            list(first.record["figures"]["num_positive"]),
-            known=np.logical_and.reduce(masks) if masks else None,
-            **resampling,
-        )
-        # Decisions about findings hang on each model's thresholds; the decision about a single label does not.
-        compared = ("auroc", "balanced_accuracy") if first.record["figures"]["kind"] == "single-label" else ("auroc",)
-        return {name: differences[name].as_dict() for name in compared if name in differences}
+        return _pair_of_scores(first, second, (places, other_places), resampling)
     return _pair_of_hits(first, second, (places, other_places), resampling)
+
+
+def _pair_of_scores(
+    first: StoredResult, second: StoredResult, places: tuple[Any, Any], resampling: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """AUROC of two models on the findings that both score; a CT model scores those whose anatomy it knows."""
+    own, other = (list(stored.record["figures"]["num_positive"]) for stored in (first, second))
+    names = [name for name in own if name in other]
+    if not names:
+        return {}
+    columns, other_columns = [own.index(name) for name in names], [other.index(name) for name in names]
+    labels = first.arrays["labels"][places[0]]
+    masks = [
+        stored.arrays["known"][rows][:, kept]
+        for stored, rows, kept in ((first, places[0], columns), (second, places[1], other_columns))
+        if "known" in stored.arrays
+    ]
+    differences = paired_differences(
+        first.arrays["scores"][places[0]][:, columns],
+        second.arrays["scores"][places[1]][:, other_columns],
+        labels if labels.ndim == 1 else labels[:, columns],
+        names,
+        known=np.logical_and.reduce(masks) if masks else None,
+        **resampling,
+    )
+    # Decisions about findings hang on each model's thresholds; the decision about a single label does not.
+    compared = ("auroc", "balanced_accuracy") if first.record["figures"]["kind"] == "single-label" else ("auroc",)
+    return {name: differences[name].as_dict() for name in compared if name in differences}
 
 
 def _pair_of_hits(
