@@ -1,5 +1,6 @@
 """Which files a command finds, and how it notes those that cannot be used."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,12 @@ def test_pictures_are_known_by_their_ending_or_the_dicom_mark(tmp_path):
     write(tmp_path / "README")
     assert list(pictures([tmp_path])) == found
     assert list(pictures([tmp_path / "notes.txt"])) == [tmp_path / "notes.txt"]  # named: tried
+
+
+def test_links_to_nowhere_are_found_to_be_set_aside_and_pipes_are_not_waited_for(tmp_path):
+    (tmp_path / "lost.png").symlink_to(tmp_path / "absent.png")
+    os.mkfifo(tmp_path / "pipe")
+    assert list(pictures([tmp_path])) == [tmp_path / "lost.png"]
 
 
 def test_a_folder_without_what_is_looked_for_is_told(tmp_path):

@@ -16,6 +16,7 @@ from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 from medclip_hf.cli.main import MISTAKE, NOTHING_USABLE, app
+from medclip_hf.hub.convert import export_official
 
 
 def run(*arguments, given=None):
@@ -141,6 +142,34 @@ def test_weights_of_another_configuration_are_told(conceptclip_folder, pictures,
     assert "not those of its configuration" in refused("embed", pictures / "a.png", "-m", folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", "[]", "its configuration cannot be read: it is a list"),
+        ("config.json", {"hidden_size": "wide"}, "Validation error for field 'hidden_size'"),
+        ("config.json", {"hidden_act": "none"}, "KeyError 'none'"),
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1", "header"),
+        ("tokenizer.json", "{}", "cannot be used"),
+        ("processor_config.json", "{}", "cannot be used"),
+    ],
+)
+def test_a_damaged_folder_is_told(conceptclip_folder, pictures, tmp_path, name, content, said):
+    folder = shutil.copytree(conceptclip_folder, tmp_path / "copy")
+    if isinstance(content, dict):
+        config = json.loads((folder / name).read_text())
+        config["vision_config"] |= content
+        content = json.dumps(config)
+    (folder / name).write_text(content)
+    assert said in refused("embed", pictures / "a.png", "-m", folder)
+
+
+def test_weights_of_the_release_are_told_to_be_converted(conceptclip_folder, pictures, tmp_path):
+    folder = shutil.copytree(conceptclip_folder, tmp_path / "copy")
+    export_official(conceptclip_folder, folder / "model.safetensors")
+    said = refused("embed", pictures / "a.png", "-m", folder)
+    assert "scripts/convert_checkpoint.py converts them" in said
+
+
 def test_a_model_that_asks_for_code_of_its_own_is_refused_and_the_code_not_run(pictures, tmp_path):
     folder = tmp_path / "strange"
     folder.mkdir()
@@ -164,6 +193,10 @@ def test_wrong_arguments_are_told(conceptclip_folder, fvlm_folder, pictures, sca
     image = pictures / "a.png"
     model = ("-m", conceptclip_folder)
     assert "each with --label" in refused("classify", image, *model)
+    assert "a single class" in refused("classify", image, *model, "-l", "nodule")
+    assert "--activation is" in refused("classify", image, *model, "-l", "nodule", "--activation", "relu")
+    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe")
+    assert "latin.txt is no text in UTF-8" in refused("annotate", image, *model, "--concepts", tmp_path / "latin.txt")
     assert "end the name in .csv" in refused("embed", image, *model, "-o", tmp_path / "out.txt")
     assert "Parquet is a file" in refused("embed", image, *model, "--format", "parquet")
     assert "--dtype is" in refused("embed", image, *model, "--dtype", "int8")
@@ -173,6 +206,10 @@ def test_wrong_arguments_are_told(conceptclip_folder, fvlm_folder, pictures, sca
     assert "takes a ConceptCLIP" in refused("annotate", image, "-m", fvlm_folder)
     ct = ("classify", scans[0], "-m", fvlm_folder)
     assert "--without-mask whole-volume" in refused(*ct)
+    assert "--without-mask is whole-volume" in refused(*ct, "--without-mask", "none")
+    assert "expected 'totalsegmentator'" in refused(*ct, "--segmenter", "none")
+    latin = ("--masks", scans[1], "--findings", tmp_path / "latin.txt")
+    assert "latin.txt is no CSV table in UTF-8" in refused(*ct, *latin)
     assert "use --findings" in refused(*ct, "--masks", scans[1], "-l", "nodule")
     assert "is v1 or v2" in refused(*ct, "--masks", scans[1], "--label-version", "v3")
     assert "no label file" in refused(*ct, "--masks", tmp_path / "absent")

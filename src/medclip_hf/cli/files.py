@@ -80,7 +80,8 @@ def pictures(paths: Iterable[Path]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        found = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_picture(file)]
+        # A link to nowhere is set aside like any file that cannot be read.
+        found = [file for file in sorted(path.rglob("*")) if not file.is_dir() and _is_picture(file)]
         if not found:
             raise ValueError(f"{path} holds no picture ({', '.join(_PICTURE_ENDINGS)}, or DICOM).")
         yield from found
@@ -129,6 +130,8 @@ def _is_picture(path: Path) -> bool:
 
 
 def _has_dicom_mark(path: Path) -> bool:
+    if not path.is_file():  # to open a pipe would wait for ever
+        return False
     try:
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"

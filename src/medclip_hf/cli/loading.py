@@ -1,14 +1,16 @@
 """Models for commands: what is wrong with a name is told in a sentence, and no code of a repository is run."""
 
 import importlib
-import json
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from medclip_hf.hub.errors import HubError, hub_errors
+
 MODEL_TYPES = ("conceptclip", "fvlm")
 _PICKLES = ("*.pkl", "*.pickle", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.joblib")
+_OFFICIAL = ("visual.", "visual_encoder.")  # of keys of the releases
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -24,7 +26,11 @@ def model_type_of(model: str, revision: str | None = None) -> str:
     try:
         with _asking_the_hub(model):
             values, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
-    except (OSError, json.JSONDecodeError) as error:
+        if not isinstance(values, dict):
+            raise ValueError(f"it is a {type(values).__name__} and no object")
+    except (OSError, ValueError) as error:
+        if isinstance(error, HubError):
+            raise
         raise ValueError(f"{model}: its configuration cannot be read: {_first_line(error)}") from error
     model_type = str(values.get("model_type", ""))
     if model_type in MODEL_TYPES:
@@ -61,18 +67,24 @@ def load_pipeline(
     importlib.import_module("medclip_hf.registration")  # left out when the package was imported, see there
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what does not fit is told below
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         with _asking_the_hub(model):
             loaded: Any = AutoModel.from_pretrained(
-                model, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
+                model,
+                revision=revision,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are among the gaps
             )
+            _check_gaps(loaded[1])
             processor = AutoProcessor.from_pretrained(model, revision=revision)
-        network, info = loaded
-        if gaps := {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys}:
-            raise ValueError(f"its weights are not those of its configuration: {gaps}")
-        network = network.to(device).eval()
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:  # AssertionError: torch without CUDA
+        network = loaded[0].to(device).eval()
+    except HubError:
+        raise
+    except Exception as error:  # of a damaged file, any: tokenizers raises plain ones, torch without CUDA asserts
         raise ValueError(f"{model} cannot be used: {_first_line(error)}{_cure(model)}") from error
     make: Any = pipeline  # annotated for the tasks of transformers alone
     return make(
@@ -83,6 +95,16 @@ def load_pipeline(
         image_processor=processor.image_processor,
         device=torch.device(device),
     )
+
+
+def _check_gaps(info: dict[str, Any]) -> None:
+    """Refuse a model that was not filled with exactly the weights of its folder."""
+    gaps = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
+    if any(key.startswith(_OFFICIAL) for key in gaps.get("unexpected_keys", ())):
+        raise ValueError("its weights have the names of the release: scripts/convert_checkpoint.py converts them")
+    if gaps:
+        some = {name: keys[:3] for name, keys in gaps.items()}
+        raise ValueError(f"its weights are not those of its configuration: {some}")
 
 
 def _check_place(model: str) -> None:
@@ -105,8 +127,6 @@ def _check_place(model: str) -> None:
 
 def _asking_the_hub(model: str) -> AbstractContextManager[None]:
     """What the Hub refuses is told in a sentence; a folder on this disk has nothing to do with it."""
-    from medclip_hf.hub.errors import hub_errors
-
     return nullcontext() if Path(model).is_dir() else hub_errors(model)
 
 
@@ -121,4 +141,6 @@ def _cure(model: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Of what was raised; a `KeyError` alone would be a word without a sense."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {error}".strip()

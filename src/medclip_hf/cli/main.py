@@ -111,8 +111,8 @@ def embed(
         pipe = job.pipeline("image-feature-extraction", device, dtype)
         job.write(work.IMAGE_EMBEDDING, work.embed_images(pipe, job.paths, job.aside, batch_size))
         return
-    pipe = job.pipeline("ct-feature-extraction", device, dtype)
     reading = _reading(masks, label_version, segmenter, without_mask, series_uid)
+    pipe = job.pipeline("ct-feature-extraction", device, dtype)
     job.write(work.CT_EMBEDDING, work.embed_scans(pipe, job.paths, job.aside, 1, reading))
 
 
@@ -146,6 +146,10 @@ def classify(
     if job.model_type == "conceptclip":
         if not label:
             raise ValueError("name the classes, each with --label.")
+        if activation not in ("softmax", "sigmoid"):
+            raise ValueError(f"--activation is softmax or sigmoid, but {activation!r} came.")
+        if activation == "softmax" and len(label) == 1:
+            raise ValueError("softmax gives a single class 1 whatever the image: name others, or --activation sigmoid.")
         pipe = job.pipeline("zero-shot-image-classification", device, dtype)
         rows = work.classify_images(pipe, job.paths, job.aside, batch_size, label, template, activation)
         job.write(work.IMAGE_SCORES, rows)
@@ -154,9 +158,9 @@ def classify(
         raise ValueError(
             f"{model} is an fVLM, which scores pairs of prompts in anatomies: use --findings, not --label."
         )
-    pipe = job.pipeline("ct-zero-shot-classification", device, dtype)
     reading = _reading(masks, label_version, segmenter, without_mask, series_uid)
     chosen = _read_findings(findings) if findings else None
+    pipe = job.pipeline("ct-zero-shot-classification", device, dtype)
     job.write(work.CT_SCORES, work.classify_scans(pipe, job.paths, job.aside, 1, reading, chosen))
 
 
@@ -248,6 +252,12 @@ def _reading(
 
     if label_version not in ("v1", "v2"):
         raise ValueError(f"--label-version is v1 or v2, but {label_version!r} came.")
+    if without_mask not in (None, "whole-volume"):
+        raise ValueError(f"--without-mask is whole-volume, but {without_mask!r} came.")
+    if segmenter is not None:
+        from medclip_hf.data.ct.segmenters import Segmenter
+
+        Segmenter.from_text(segmenter)
     if masks is None and segmenter is None and without_mask is None:
         raise ValueError(
             "fVLM scores anatomies inside their masks: name --masks, or --segmenter totalsegmentator, or accept "
@@ -271,8 +281,11 @@ def _read_findings(path: Path) -> list[dict[str, str]]:
     import csv
 
     columns = ("name", "anatomy", "absent", "present")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV table in UTF-8: {error}") from error
     if not rows or any(not (row.get(column) or "").strip() for row in rows for column in columns):
         raise ValueError(f"{path} must have rows with the columns {', '.join(columns)}, no cell empty.")
     return [{column: row[column].strip() for column in columns} for row in rows]

@@ -32,8 +32,10 @@ def format_of(output: str, asked: str | None) -> Format:
     """The format that was asked for, else that of the file's ending, else CSV.
 
     Raises:
-        ValueError: it is none of `FORMATS`, or Parquet is to go to standard output.
+        ValueError: it is none of `FORMATS`, the output is a folder, or Parquet is to go to standard output.
     """
+    if output != STANDARD_OUTPUT and Path(output).is_dir():
+        raise ValueError(f"{output} is a folder: name a file to write.")
     ending = Path(output).suffix.removeprefix(".").lower() if output != STANDARD_OUTPUT else "csv"
     chosen = asked or ending
     for known in FORMATS:
@@ -82,43 +84,54 @@ def open_table(output: str, chosen: Format, columns: Mapping[str, Kind]) -> Iter
 
 
 class _CSVWriter:
-    """A vector gets a column for each of its numbers; texts are joined by semicolons."""
+    """A vector gets a column for each of its numbers; texts are joined by semicolons.
+
+    Rows wait until the width of every vector is known: the first ones may have none.
+    """
 
     def __init__(self, file: IO[str], columns: Mapping[str, Kind]) -> None:
         self._csv = csv.writer(file, lineterminator="\n")
         self._columns = columns
-        self._widths: dict[str, int] | None = None
+        self._widths = dict.fromkeys((name for name, kind in columns.items() if kind == "vector"), 0)
+        self._waiting: list[Mapping[str, Any]] | None = []
 
     def write(self, row: Mapping[str, Any]) -> None:
-        if self._widths is None:
-            self._write_header(row)
-        cells: list[Any] = []
-        for name, kind in self._columns.items():
-            cells += self._cells(name, kind, row[name])
-        self._csv.writerow(cells)
+        for name, width in self._widths.items():
+            self._widths[name] = width or len(row[name] if row[name] is not None else ())
+        if self._waiting is None:
+            self._csv.writerow(self._cells(row))
+            return
+        self._waiting.append(row)
+        if all(self._widths.values()):
+            self._start()
 
     def finish(self) -> None:
-        if self._widths is None:
-            self._write_header(dict.fromkeys(self._columns))
+        if self._waiting is not None:
+            self._start()
 
-    def _write_header(self, row: Mapping[str, Any]) -> None:
-        vectors = [name for name, kind in self._columns.items() if kind == "vector" and row[name] is not None]
-        self._widths = {name: len(row[name]) for name in vectors}
+    def _start(self) -> None:
+        """The header, and the rows that waited for it."""
         header: list[str] = []
         for name in self._columns:
             width = self._widths.get(name)
-            header += [name] if width is None else [f"{name}_{place}" for place in range(width)]
+            header += [f"{name}_{place}" for place in range(width)] if width else [name]
         self._csv.writerow(header)
+        self._csv.writerows(map(self._cells, self._waiting or ()))
+        self._waiting = None
 
-    def _cells(self, name: str, kind: Kind, value: Any) -> list[Any]:
-        if kind == "vector":
-            width = (self._widths or {}).get(name, 1)
-            return [""] * width if value is None else [f"{number:.7g}" for number in value]
-        if kind == "texts":
-            return ["; ".join(value or ())]
-        if kind == "number":
-            return ["" if value is None else f"{value:.6g}"]
-        return ["" if value is None else value]
+    def _cells(self, row: Mapping[str, Any]) -> list[Any]:
+        cells: list[Any] = []
+        for name, kind in self._columns.items():
+            value = row[name]
+            if value is None:
+                cells += [""] * (self._widths.get(name) or 1)
+            elif kind == "vector":
+                cells += [f"{number:.7g}" for number in value]
+            elif kind == "texts":
+                cells.append("; ".join(value))
+            else:
+                cells.append(f"{value:.6g}" if kind == "number" else value)
+        return cells
 
 
 class _JSONWriter:

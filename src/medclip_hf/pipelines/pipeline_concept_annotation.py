@@ -267,8 +267,12 @@ def read_concepts(concepts: Any) -> tuple[tuple[str, str | None], ...]:
 def _read_lines(path: Path) -> list[Any]:
     if not path.is_file():
         raise ValueError(f"concepts={str(path)!r} is no file. Give a list of names, or the path of a JSON lines file.")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
     concepts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 concepts.append(json.loads(line))
