@@ -98,12 +98,12 @@ def test_workers_leave_with_a_parent_that_is_killed(tmp_path):
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.1)
     (worker,) = [int(path.name) for path in tmp_path.iterdir()]
-    os.kill(parent.pid, signal.SIGKILL)
-    parent.join()
+    os.kill(parent.pid, signal.SIGKILL)  # and not joined: nobody has collected its exit code yet
     deadline = time.monotonic() + 60
     while os.path.exists(f"/proc/{worker}/status") and time.monotonic() < deadline:  # noqa: PTH110
         time.sleep(0.1)
     assert not os.path.exists(f"/proc/{worker}/status")  # noqa: PTH110
+    parent.join()
 
 
 def test_a_report_survives_as_plain_values():

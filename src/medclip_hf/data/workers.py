@@ -11,7 +11,6 @@ import logging
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -130,7 +129,7 @@ def _pool(make_step: MakeStep, num_workers: int) -> ProcessPoolExecutor:
     # fork of this process would copy locks of threads that it has not.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["medclip_hf.data.engine.steps"])
-    return ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(make_step, os.getpid()))
+    return ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(make_step,))
 
 
 def _submit(pool: ProcessPoolExecutor, task: Task) -> Future[TaskReport]:
@@ -140,23 +139,25 @@ def _submit(pool: ProcessPoolExecutor, task: Task) -> Future[TaskReport]:
         raise BrokenProcessPool("the server that workers are forked from died") from error
 
 
-def _start_worker(make_step: MakeStep, run: int) -> None:
+def _start_worker(make_step: MakeStep) -> None:
     global _step
-    threading.Thread(target=_leave_with, args=(run,), daemon=True).start()
+    threading.Thread(target=_leave_with_the_run, daemon=True).start()
     try:
         _step = make_step()
     except Exception as error:  # told to whoever asks: an initializer that fails looks like a death
         _step = error
 
 
-def _leave_with(run: int) -> None:
-    """A pool's processes outlive a run that was killed; ours do not, or they would write beside the next run."""
-    while True:
-        time.sleep(0.5)
-        try:
-            os.kill(run, 0)  # asks only whether there is such a process
-        except ProcessLookupError:
-            os._exit(1)
+def _leave_with_the_run() -> None:
+    """A pool's processes outlive a run that was killed; ours do not, or they would write beside the next run.
+
+    The end of a pipe tells that the run is gone even while nobody has collected its exit code, as its process number
+    would not: who waits for the output of the run (`subprocess.run`) would wait for us.
+    """
+    run = multiprocessing.parent_process()
+    assert run is not None
+    run.join()
+    os._exit(1)
 
 
 def _call_step(task: Task) -> TaskReport:
