@@ -190,10 +190,9 @@ def parse_command_line(command_line: list[str] | None) -> argparse.Namespace:
 
 def draw(folder: Path, plan: Plan) -> None:
     """Write the torsos of both splits as a CT-RATE tree."""
+    num_workers = plan.num_processes if plan.num_processes > 1 else 0
     for split, count in (("train", plan.num_train_patients), ("valid", plan.num_test_patients)):
-        write_ct_rate(
-            folder / "ct_rate", count, split=split, seed=plan.seed, settings=TORSOS, num_workers=plan.num_processes
-        )
+        write_ct_rate(folder / "ct_rate", count, split=split, seed=plan.seed, settings=TORSOS, num_workers=num_workers)
 
 
 def prepare(folder: Path, plan: Plan) -> None:

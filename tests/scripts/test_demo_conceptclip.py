@@ -1,26 +1,17 @@
 """The 2-D demo, shortened: it draws, trains both stages, loads in a new process, measures and reports."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
 
 
-def run_demo(repository, *arguments):
-    command = [sys.executable, str(repository / "scripts" / "demo_conceptclip.py"), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-
-
 @pytest.fixture(scope="module")
-def demo(repository, tmp_path_factory):
+def demo(run_demo, tmp_path_factory):
     output = tmp_path_factory.mktemp("demo") / "conceptclip"
-    result = run_demo(repository, "--quick", "--output", output)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return output, result.stdout
+    code, printed = run_demo("demo_conceptclip", output, launched="stage2")
+    assert code == 0
+    return output, printed
 
 
 def test_it_ends_with_a_table_and_where_its_pictures_are(demo):
@@ -57,9 +48,9 @@ def test_both_stages_and_the_comparison_can_be_loaded(demo):
     assert has_heads == {"stage1": False, "stage2": True, "it_align_alone": False}
 
 
-def test_a_folder_of_somebody_else_is_not_touched(repository, tmp_path):
+def test_a_folder_of_somebody_else_is_not_touched(run_demo, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("precious")
-    result = run_demo(repository, "--quick", "--output", tmp_path)
-    assert result.returncode == 2
-    assert "not empty" in result.stderr
+    code, _ = run_demo("demo_conceptclip", tmp_path, launched="stage2")
+    assert code == 2
+    assert "not empty" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "precious"

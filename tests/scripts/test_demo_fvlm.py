@@ -1,6 +1,5 @@
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,12 +22,11 @@ def script():
     return module
 
 
-def test_the_demo_runs_from_drawing_to_report(repository, tmp_path):
+def test_the_demo_runs_from_drawing_to_report(run_demo, tmp_path):
     output = tmp_path / "demo"
-    command = [sys.executable, "scripts/demo_fvlm.py", "--quick", "--output", str(output)]
-    ended = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=600, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert "Mean, prompts as published" in ended.stdout
+    code, printed = run_demo("demo_fvlm", output, launched="per_anatomy_calibrated")
+    assert code == 0
+    assert "Mean, prompts as published" in printed
     results = json.loads((output / "results.json").read_text())
     assert len(results["auc"]) == 3
     assert len(results["gain_of_iii"]) == 2
