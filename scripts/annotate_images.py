@@ -5,9 +5,9 @@ r"""Name the concepts that images show, with score, identifier and place, from a
         --bank umls_bank --top-k 20 --shortlist 2000 --overlays pictures --output annotations.parquet
 
 One line an image: its path, its size and its concepts, best first. The vectors of the vocabulary are made once and kept
-in --bank. Broken off, it goes on where it was when started again. With --labels (a CSV: image, then one column of 0 and
-1 for each concept), or with --figures (shards of figures with concepts), it measures instead: one AUC per concept. For
-research only: no medical device.
+in --bank. Broken off, it goes on where it was when started again. It measures instead, one AUC per concept, with
+--labels (a CSV: image, perhaps patient, then one column of 0 and 1 for each concept) or with --figures (shards of
+figures with concepts). For research only: no medical device.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import logging
 import os
 import sys
 from collections import Counter
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from medclip_hf.data.concepts.index import read_vocabulary
-from medclip_hf.data.images import UnreadableImage, decode_image, open_image, read_file
+from medclip_hf.data.images import UnreadableImage, decode_image, open_image, path_inside, read_file
 from medclip_hf.data.parquet import find_shards, record_to_row, write_text_atomically
 from medclip_hf.evaluation.annotation import AnnotationFigures, annotation_figures, embed_prompts, score_images
 from medclip_hf.evaluation.concept_bank import ConceptBank, ConceptHit, annotate_image, build_concept_bank
@@ -39,8 +40,26 @@ from medclip_hf.processing.conceptclip import to_rgb
 
 logger = logging.getLogger("annotate_images")
 
-# Images (bytes or paths), what to call them, concepts, labels (N, C).
-Labelled = tuple[list[Any], list[str], list[str], np.ndarray[Any, Any]]
+
+@dataclass(frozen=True)
+class Labelled:
+    """N images with what is true of them.
+
+    Args:
+        images: bytes or paths.
+        names: what to call them.
+        concept_names: C names.
+        labels: (N, C) bool.
+        patients: (N,) whose each is; None: each is its own.
+    """
+
+    images: list[Any]
+    names: list[str]
+    concept_names: list[str]
+    labels: np.ndarray[Any, Any]
+    patients: np.ndarray[Any, Any] | None = None
+
+
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp2")
 CONCEPT_FIELDS = pa.struct(
     [
@@ -262,41 +281,49 @@ def write_parquet(lines: Path, output: Path) -> None:
 
 def measure(options: argparse.Namespace) -> int:
     """Print and write one AUC per concept that is labelled; the exit code."""
-    images, names, concept_names, labels = labelled_figures(options) if options.figures else labelled_images(options)
+    data = labelled_figures(options) if options.figures else labelled_images(options)
     encoder = load_encoder(options.model, device=options.device, revision=options.revision)
     templates = options.template or ["this image shows {}."]
     neutral = options.neutral or [template.replace(" {}", "").replace("{}", "") for template in templates]
-    prompts = embed_prompts(encoder, concept_names, templates, neutral)
+    prompts = embed_prompts(encoder, data.concept_names, templates, neutral)
     scores = score_images(
         encoder,
-        tqdm(images, unit="image", disable=None),
+        tqdm(data.images, unit="image", disable=None),
         prompts,
         top_patches=options.top_patches,
         local_weight=options.local_weight,
     )
-    for position, reason in scores.unreadable:
-        logger.warning("set aside %s: %s", names[position], reason)
-    kept = np.setdiff1d(np.arange(len(images)), [position for position, _ in scores.unreadable])
-    figures = annotation_figures(scores, labels[kept], concept_names)
+    set_aside = [{"image": data.names[position], "reason": reason} for position, reason in scores.unreadable]
+    for entry in set_aside:
+        logger.warning("set aside %s: %s", entry["image"], entry["reason"])
+    kept = np.setdiff1d(np.arange(len(data.images)), [position for position, _ in scores.unreadable])
+    groups = None if data.patients is None else data.patients[kept]
+    figures = annotation_figures(scores, data.labels[kept], data.concept_names, groups=groups)
+    record = {**figures.as_dict(), "num_images": len(kept), "set_aside": set_aside}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(options.output, json.dumps(figures.as_dict(), indent=2, ensure_ascii=False) + "\n")
-    print(f"{len(kept)} images, {len(scores.unreadable)} set aside\n{table_of(figures)}")
+    write_text_atomically(options.output, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    print(f"{len(kept)} images, {len(set_aside)} set aside\n{table_of(figures)}")
     return 0
 
 
 def labelled_images(options: argparse.Namespace) -> Labelled:
-    """The images of --labels.
+    """The images of --labels; one that is absent is set aside when it is read.
 
     Raises:
-        ValueError: as `read_labels`; an image that is not there.
+        ValueError: as `read_labels`; none of the images is there.
     """
-    paths, concept_names, labels = read_labels(options.labels)
-    missing = [path for path in paths if not (options.images / path).is_file()]
-    if missing:
+    data = read_labels(options.labels)
+    paths = []
+    for name in data.names:
+        try:
+            paths.append(path_inside(options.images, name))
+        except UnreadableImage as error:
+            raise ValueError(f"{options.labels}: {error}") from error
+    if not any(path.is_file() for path in paths):
         raise ValueError(
-            f"{len(missing)} images of {options.labels} are not below {options.images}, first {missing[0]}"
+            f"none of the {len(paths)} images of {options.labels} is below {options.images}, first {data.names[0]}"
         )
-    return [options.images / path for path in paths], paths, concept_names, labels
+    return replace(data, images=paths)
 
 
 def labelled_figures(options: argparse.Namespace) -> Labelled:
@@ -317,11 +344,11 @@ def labelled_figures(options: argparse.Namespace) -> Labelled:
         raise ValueError(f"no concept with a name is in {options.least} figures of {options.figures}: lower --least.")
     labels = np.array([[key in concepts for key in keys] for concepts in shown])
     images = [row.image_bytes or options.figures / (row.image_path or "") for row in rows]
-    return images, [row.row_id for row in rows], [name_of[key] for key in keys], labels
+    return Labelled(images, [row.row_id for row in rows], [name_of[key] for key in keys], labels)
 
 
-def read_labels(path: Path) -> tuple[list[str], list[str], np.ndarray[Any, Any]]:
-    """Images, concepts and labels (N, C) of a table.
+def read_labels(path: Path) -> Labelled:
+    """What a table says of its images, which are not looked for here.
 
     Raises:
         ValueError: no such table, no column "image", no concept, an image twice, a cell other than 0 and 1.
@@ -330,17 +357,21 @@ def read_labels(path: Path) -> tuple[list[str], list[str], np.ndarray[Any, Any]]
         raise ValueError(f"there is no table of labels at {path}.")
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        concepts = [name for name in reader.fieldnames or [] if name != "image"]
+        concepts = [name for name in reader.fieldnames or [] if name not in ("image", "patient")]
         rows = list(reader)
     if not rows or not concepts or "image" not in rows[0]:
         raise ValueError(f"{path} must have rows, a column 'image' and a column for each concept.")
-    images = [row["image"] for row in rows]
-    if len(set(images)) < len(images):
+    names = [row["image"] for row in rows]
+    if len(set(names)) < len(names):
         raise ValueError(f"{path} names an image twice.")
     wrong = [(row["image"], name) for row in rows for name in concepts if row[name] not in ("0", "1")]
     if wrong:
         raise ValueError(f"{path}: every label must be 0 or 1, but is not for {wrong[0]} and {len(wrong) - 1} others.")
-    return images, concepts, np.array([[row[name] == "1" for name in concepts] for row in rows])
+    labels = np.array([[row[name] == "1" for name in concepts] for row in rows])
+    patients = None
+    if "patient" in rows[0]:  # an image without a patient is a patient of its own
+        patients = np.array([row["patient"] or f"\0{row['image']}" for row in rows])
+    return Labelled([], names, concepts, labels, patients)
 
 
 def table_of(figures: AnnotationFigures) -> str:

@@ -105,12 +105,25 @@ def test_with_labels_it_measures_one_auc_a_concept(script, place, capsys):
     assert "| cyst | undefined |" in capsys.readouterr().out
 
 
+def test_a_labelled_image_that_is_absent_or_broken_is_set_aside_and_counted(script, place, capsys):
+    rows = ["a.png,p1,1", "absent.png,p1,0", "broken.png,p2,1", "more/b.png,p1,0"]
+    (place / "labels.csv").write_text("\n".join(["image,patient,mass", *rows]))
+    assert run(script, place, "--labels", place / "labels.csv", output="auc.json") == 0
+    record = json.loads((place / "auc.json").read_text())
+    assert record["num_images"] == 2
+    assert [entry["image"] for entry in record["set_aside"]] == ["absent.png", "broken.png"]
+    assert "2 images, 2 set aside" in capsys.readouterr().out
+    area = record["mixed"]["per_class"]["mass"]
+    assert area["low"] == area["high"] == area["value"]  # one patient: every resample is the sample
+
+
 @pytest.mark.parametrize(
     ("table", "reason"),
     [
         ("image,mass\na.png,1\na.png,0\n", "names an image twice"),
         ("image,mass\na.png,yes\n", "must be 0 or 1"),
         ("image,mass\nabsent.png,1\n", "first absent.png"),
+        ("image,mass\n../vocabulary.jsonl,1\n", "does not stay below"),
         ("image\na.png\n", "a column for each concept"),
     ],
 )
