@@ -12,7 +12,7 @@ help:
 	@echo "make demo     install, train both models on the embedded data, print tables and where the pictures are"
 	@echo "make test     install, run all tests"
 	@echo "make lint     install, check format, lint, types"
-	@echo "make docs     install, build the documentation into site/"
+	@echo "make docs     install, build the documentation into build/site/, a warning is an error"
 	@echo "make app      install, open both models in a browser"
 	@echo "make format   rewrite the code in the project's format"
 	@echo "make clean    remove what the commands above made, $(VENV) included"
@@ -39,7 +39,7 @@ lint: install
 	$(BIN)/mypy
 
 docs: install
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 app: install
 	$(BIN)/python app/app.py

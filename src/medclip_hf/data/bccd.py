@@ -175,7 +175,7 @@ def smear_row(smear: BloodSmear) -> FigureRow:
 def write_caption(labels: Sequence[str]) -> tuple[str, tuple[ConceptMention, ...]]:
     """A caption that counts the cells as a laboratory would, with its concepts; kinds that are absent go unmentioned.
 
-    Example:
+    Examples:
         >>> write_caption(["RBC", "WBC", "RBC"])[0]
         'Blood smear. Leukocytes: 1. Erythrocytes: 2.'
 

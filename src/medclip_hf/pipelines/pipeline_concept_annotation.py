@@ -86,7 +86,7 @@ class ConceptAnnotationPipeline(_Pipeline):
         return_maps: False leaves out maps and boxes.
         batch_size, num_workers: as everywhere in transformers.
 
-    Example:
+    Examples:
         >>> annotate = pipeline("medical-concept-annotation", model="my-conceptclip")
         >>> annotate("radiograph.dcm", concepts=[("pleural effusion", "C0032227"), "pneumothorax"], top_k=1)
         [{'label': 'pleural effusion', 'cui': 'C0032227', 'score': 0.91, ...}]

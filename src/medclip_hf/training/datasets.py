@@ -62,7 +62,7 @@ class FigureDataset:
     Raises:
         ValueError: where the folder holds no complete split, a column is missing, or the cache cannot be written.
 
-    Example:
+    Examples:
         >>> dataset = FigureDataset("figures", "train", image_size=384)  # doctest: +SKIP
         >>> example = dataset[(0, 17)]  # a FigureExample, or a Drop with the reason  # doctest: +SKIP
     """

@@ -75,7 +75,7 @@ class ScanDataset:
     Raises:
         ValueError: the folder has no such split, no study with a report, or lacks one of the anatomies.
 
-    Example:
+    Examples:
         >>> dataset = ScanDataset("prepared", anatomies=("lung", "heart"), size_dhw=(112, 256, 352))  # doctest: +SKIP
         >>> example = dataset[(0, 17)]  # a ScanExample, or a Drop with the reason  # doctest: +SKIP
     """

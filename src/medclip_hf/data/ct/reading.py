@@ -85,7 +85,7 @@ def load_ct(
     Raises:
         UnusableScan: with a countable reason and, as detail, file, finding and cure.
 
-    Example:
+    Examples:
         >>> scan = load_ct("chest.nii.gz", labels_path="chest_labels.nii.gz")
         >>> scan.image.values.shape, scan.image.spacing_mm_dhw
     """

@@ -65,7 +65,7 @@ class TextDeidentifier:
     Raises:
         ValueError: where Presidio or the model is missing.
 
-    Example:
+    Examples:
         >>> deidentify = TextDeidentifier(use_presidio=False)
         >>> deidentify("Seen on 12.03.2021 by Dr. Miller.").text
         'Seen on [DATE] by Dr. [NAME].'

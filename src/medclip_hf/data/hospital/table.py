@@ -159,7 +159,7 @@ def read_table(
 def listed(text: str) -> list[str]:
     """The words between commas; a word with a comma of its own stands in double quotes.
 
-    Example:
+    Examples:
         >>> listed('"Name, Vorname", born')
         ['Name, Vorname', 'born']
     """

@@ -111,7 +111,7 @@ def other_hospital(settings: TorsoSettings | None = None) -> TorsoSettings:
 def reword(text: str) -> str:
     """A report, or a prompt, in the words of the other hospital; a capital letter stays one.
 
-    Example:
+    Examples:
         >>> reword("Cardiomegaly. Pleural effusion on the left.")
         'Widened cardiac silhouette. Hydrothorax on the left.'
     """

@@ -85,7 +85,7 @@ class ConceptCLIPForImageClassification(PreTrainedModel):
     Which labels: `id2label` and `problem_type` of the configuration. From a pre-trained ConceptCLIP the tower is loaded
     and the head starts fresh; from an adapter folder both, through the `head_config.json` that lies in it.
 
-    Example:
+    Examples:
         >>> labels = {0: "no effusion", 1: "effusion"}
         >>> model = ConceptCLIPForImageClassification.from_pretrained("my-conceptclip", id2label=labels)
         >>> inputs = processor(images="radiograph.png")

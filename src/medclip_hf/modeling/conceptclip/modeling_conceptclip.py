@@ -94,7 +94,7 @@ class ConceptCLIPProjectionHead(nn.Module):
 class ConceptCLIPModel(PreTrainedModel):
     """Image and text tower in one space, with patches and concepts aligned as well (Nie et al., "ConceptCLIP", 2025).
 
-    Example:
+    Examples:
         >>> from medclip_hf import ConceptCLIPModel, ConceptCLIPProcessor
         >>> model = ConceptCLIPModel.from_pretrained("my-conceptclip")
         >>> processor = ConceptCLIPProcessor.from_pretrained("my-conceptclip")
@@ -329,7 +329,7 @@ class ConceptCLIPModel(PreTrainedModel):
         Raises:
             ValueError: for a model of the first stage, or where texts and images do not fit.
 
-        Example:
+        Examples:
             >>> names = processor(text=["pleural effusion", "cardiomegaly", "pneumothorax"])
             >>> concepts = model.get_concept_embeds(**names).flatten(0, 1)  # (3, D)
             >>> maps = model.get_concept_maps(**processor(images=images), concept_embeds=concepts)  # (B, 3, 27, 27)

@@ -86,7 +86,7 @@ class ConceptCLIPForReportGeneration(PreTrainedModel):
     The language model reads: its beginning-of-text token (if it has one), the patches, the text of `input_ids`. Several
     images of a study are averaged patch by patch, as published.
 
-    Example:
+    Examples:
         >>> model = ConceptCLIPForReportGeneration.from_vision_language_pretrained("my-conceptclip", "my-llm")
         >>> inputs = processor(images=["frontal.png", "lateral.png"], return_tensors="pt")
         >>> prompt = processor.tokenizer(model.config.prompt, add_special_tokens=False, return_tensors="pt")

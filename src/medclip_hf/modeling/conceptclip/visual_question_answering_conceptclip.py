@@ -102,7 +102,7 @@ class ConceptCLIPCrossModalLayer(GradientCheckpointingLayer):
 class ConceptCLIPForVisualQuestionAnswering(PreTrainedModel):
     """ConceptCLIP's towers, two streams of cross-attention and a classifier over a fixed vocabulary of answers.
 
-    Example:
+    Examples:
         >>> model = ConceptCLIPForVisualQuestionAnswering.from_conceptclip("my-conceptclip", ["no", "yes", "left lung"])
         >>> inputs = processor(images="radiograph.png", text="Is there an effusion?")
         >>> model.config.id2label[model(**inputs).logits.argmax(-1).item()]

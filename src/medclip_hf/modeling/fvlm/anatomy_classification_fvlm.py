@@ -89,7 +89,7 @@ class FVLMForAnatomyClassification(FVLMPreTrainedModel):
     Which findings: `findings` of the configuration, name → anatomy, in the order of `id2label`. From a pre-trained fVLM
     the tower is loaded and the head starts fresh; from an adapter folder both, through the `head_config.json` in it.
 
-    Example:
+    Examples:
         >>> findings = {"Cardiomegaly": "heart", "Pleural effusion": "lung"}
         >>> model = FVLMForAnatomyClassification.from_pretrained(folder, findings=findings)
         >>> inputs = processor(images=volume_hu, anatomy_mask=mask)

@@ -86,7 +86,7 @@ class FVLMConfig(PreTrainedConfig):
         pooling_dropout: probability on the weights of that attention.
         logit_scale_init_value: initial log of the logit scale; 2.6593 = -ln 0.07, the published temperature.
 
-    Example:
+    Examples:
         >>> from medclip_hf.modeling.fvlm.configuration_fvlm import FVLMConfig
         >>> FVLMConfig(anatomies=["lung", "liver"]).num_anatomies
         2

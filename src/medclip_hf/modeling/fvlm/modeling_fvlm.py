@@ -382,7 +382,7 @@ class FVLMPreTrainedModel(PreTrainedModel):
 class FVLMVisionModel(FVLMPreTrainedModel):
     """The 3-D vision transformer alone: tokens of a CT volume.
 
-    Example:
+    Examples:
         >>> model = FVLMVisionModel(FVLMVisionConfig(num_hidden_layers=1))
         >>> model(pixel_values=torch.zeros(1, 1, 112, 256, 352)).last_hidden_state.shape
         torch.Size([1, 1232, 768])
@@ -442,7 +442,7 @@ class FVLMModel(FVLMPreTrainedModel):
     How texts map to scans: a batch holds T distinct texts, each encoded once, and `text_index` (B, A) names the row of
     the text that belongs to an anatomy of a scan (-1: none). `text_ids` (T,) identifies texts across batches.
 
-    Example:
+    Examples:
         >>> model = AutoModel.from_pretrained(folder)
         >>> processor = AutoProcessor.from_pretrained(folder)
         >>> inputs = processor(images=volume_hu, anatomy_mask=mask, text=["Not Cardiomegaly.", "Cardiomegaly."])

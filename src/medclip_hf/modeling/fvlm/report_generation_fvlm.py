@@ -84,7 +84,7 @@ class FVLMForReportGeneration(PreTrainedModel):
     The language model reads: its beginning-of-text token (if it has one), one embedding for each anatomy that the
     volume holds (L2-normalised by fVLM, then projected), the text of `input_ids`.
 
-    Example:
+    Examples:
         >>> model = FVLMForReportGeneration.from_fvlm_language_pretrained("my-fvlm", "my-llm")
         >>> inputs = processor(images=volume_hu, anatomy_mask=mask)
         >>> prompt = processor.tokenizer(model.config.prompt, add_special_tokens=False, return_tensors="pt")
