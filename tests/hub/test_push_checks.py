@@ -1,8 +1,10 @@
 """The check before a push finds what is planted, names file and place, and never says what it found."""
 
+import base64
 import importlib.util
 import io
 import json
+import lzma
 from pathlib import Path
 
 import numpy as np
@@ -93,10 +95,10 @@ def test_it_is_found_in_metadata_of_weights_columns_and_text_chunks(model, ident
     data.mkdir()
     rows = [{"row_id": "a", "image": {"bytes": sink.getvalue()}, "caption": "clear"}, {"caption": "Zebulonsky"}]
     pq.write_table(pa.Table.from_pylist(rows), data / "train-00000.parquet")
-    assert [f"{f.file} {f.place}" for f in check_before_push(model, identifiers)] == [
+    assert {f"{f.file} {f.place}" for f in check_before_push(model, identifiers)} == {
         "x.safetensors metadata entry",
         "y.safetensors names of tensors",
-    ]
+    }
     found = [f.place for f in check_before_push(data, identifiers, "dataset")]
     assert "column caption, row 1" in found
     assert "column image, row 0: text chunk" in found
@@ -246,3 +248,58 @@ def test_versions_and_unique_identifiers_are_no_dates_of_birth():
     search_set = SearchSet(Pseudonyms(b"k" * KEY_BYTES))
     search_set.add(["1.3.12.2.1107.5.1.4", "19120301"])
     assert not list(search_set.search("version 1.3.120, release 2.1.3.12, loss 0.3.12"))
+
+
+def hidden_texts() -> dict[str, bytes]:
+    """File name -> content, in each of which an identifier is hidden in another way."""
+    secret = "Patient Zebulonsky Martha PX-774411"
+    header = b'{"a":{"dtype":"U8","shape":[36],"data_offsets":[0,36]}}'
+    hole = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[35,36]}}'
+    return {
+        "entities.md": b"M&#252;ller",
+        "percent.md": b"[x](https://a.b/?q=M%C3%BCller)",
+        "escape.yaml": rb'x: "M\xfcller"',
+        "line.json": rb'{"x": "seen\nZebulonsky"}',
+        "base64.md": base64.b64encode(secret.encode()),
+        "hexadecimal.txt": secret.encode().hex().encode(),
+        "picture.md": b"![](data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n" + bytes(60)) + b")",
+        "number.json": b'{"patients": ["44017"]}',
+        "path.json": b'{"x": "/films7/zoe"}',
+        "utf16.txt": secret.encode("utf-16-le"),
+        "cp1250.txt": "M\u00fcller".encode("cp1250"),
+        "table.json": b"\x89HDF\r\n",
+        "archive.json": lzma.compress(secret.encode()),
+        "text.txt": b"{\\rtf1 Zebulo\\'6esky}",
+        "tokenizer.json": b'{"added_tokens": [{"content": "Zebulonsky"}], "model": {"vocab": {"martha": 1}}}',
+        "bytes.safetensors": len(header).to_bytes(8, "little") + header + secret.ljust(36).encode(),
+        "hole.safetensors": len(hole).to_bytes(8, "little") + hole + bytes(36),
+        "numbers.onnx_data": bytes(40) + secret.encode() + bytes(40),
+    }
+
+
+@pytest.mark.parametrize("name", hidden_texts())
+def test_what_is_hidden_in_a_file_is_found(model, identifiers, name):
+    identifiers.add(["44017"])
+    (model / name).write_bytes(hidden_texts()[name])
+    findings = check_before_push(model, identifiers)
+    assert {finding.file for finding in findings} == {name}
+    assert not any(word in str(findings).casefold() for word in ("zebul", "7744", "martha", "44017"))
+
+
+def test_a_name_in_the_name_of_a_tensor_is_found_and_words_of_networks_are_none(model, identifiers):
+    identifiers.add(["Norm", "Lora"])
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").unlink()
+    save_file({"base.lora_A.norm.weight": np.zeros(1, np.float32)}, model / "a.safetensors")
+    assert check_before_push(model, identifiers) == []
+    save_file({"head.Zebulonsky.weight": np.zeros(1, np.float32)}, model / "a.safetensors")
+    assert [finding.place for finding in check_before_push(model, identifiers)] == ["names of tensors"]
+
+
+def test_random_weights_and_digests_hold_no_identifier(model):
+    rng = np.random.default_rng(0)
+    search_set = SearchSet(Pseudonyms(b"k" * KEY_BYTES))
+    search_set.add([f"{number:06d}" for number in rng.integers(0, 10**6, 3000)])
+    save_file({"w": rng.normal(size=2_000_000).astype(np.float32)}, model / "model.safetensors")
+    (model / "digests.json").write_text(json.dumps([rng.bytes(32).hex() for _ in range(200)]))
+    assert check_before_push(model, search_set) == []

@@ -25,12 +25,21 @@ from typing import Any, Literal
 from PIL import Image
 
 from medclip_hf.data.engine.publish import PUBLISHED_FILES
+from medclip_hf.data.hospital.folding import WORDS
 from medclip_hf.data.hospital.search_set import SearchSet
+from medclip_hf.hub.push_texts import (
+    MIN_LETTERS,
+    OVERLAP,
+    encoded_texts,
+    encoding_of,
+    kind_of_magic,
+    letters_in,
+    unescaped,
+)
 
 RepoType = Literal["model", "dataset", "space"]
 
 TEXT_BLOCK = 2**20  # characters searched at a time
-_OVERLAP = 512  # of two blocks: no identifier is longer
 MAX_FINDINGS_PER_FILE = 20
 LARGE_FILE_BYTES = 50 * 10**9  # the Hub's limit for one file
 MAX_HEADER_BYTES = 100 * 2**20  # of safetensors: its own limit
@@ -61,26 +70,11 @@ _LEFTOVERS = {
     "pickled file, which runs code when read": ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib"),
 }  # fmt: skip
 _VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.json", "*.model", "*.jinja")
-_MAGICS: tuple[tuple[bytes, str], ...] = (
-    (b"\x89PNG\r\n", "picture"),
-    (b"\xff\xd8\xff", "picture"),
-    (b"GIF8", "picture"),
-    (b"II*\0", "picture"),
-    (b"MM\0*", "picture"),
-    (b"BM", "picture"),
-    (b"PK\x03\x04", "archive or pickled file"),
-    (b"\x80\x02", "pickled file, which runs code when read"),
-    (b"\x80\x03", "pickled file, which runs code when read"),
-    (b"\x80\x04", "pickled file, which runs code when read"),
-    (b"\x80\x05", "pickled file, which runs code when read"),
-    (b"\x1f\x8b", "archive"),
-    (b"%PDF", "document"),
-    (b"SQLite format", "table"),
-)
 _PATH = re.compile(
-    r"(?<![\w:/.<\\])(?:"
-    r"/(?:home|Users|root|mnt|media|data|data\d|scratch|srv|var|tmp|private|gpfs|lustre|nfs|work|workspace|storage|export|"
-    r"archive|pacs|Volumes|opt)/[\w.~-]+"
+    r"(?<![\w:/.<\\!])(?:"
+    r"/(?:home|Users|users|root|mnt|media|data|scratch|srv|var|tmp|private|gpfs|lustre|nfs|nas|work|workspace|storage|"
+    r"export|archive|pacs|projects?|shared?|Volumes|opt|usr|net)\d*/[\w.~-]+"
+    r"|(?<=[\"'])/[\w.~-]+/[\w.~-]+"
     r"|[A-Za-z]:\\{1,2}(?!n\b|t\b)[\w .~-]+\\"
     r"|\\\\[\w.-]+\\[\w$.-]+"
     r"|file://"
@@ -88,7 +82,8 @@ _PATH = re.compile(
 )
 _TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}|ghp_[A-Za-z0-9]{36}|sk-[A-Za-z0-9_-]{20,})\b")
 _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")
-_LETTERS = re.compile(rb"[\x20-\x7e\xa0-\xff]{6,}")
+_NO_TEXT = re.compile(r"[\0\udc80-\udcff]")  # bytes that are no letters in the encoding of the file
+_BINARY = (".model", ".onnx")  # files that may hold more than text
 _SENTENCE = 12  # characters; shorter runs of letters are chance among numbers
 _COMMON_NAMES = frozenset({"root", "user", "admin", "ubuntu", "localhost", "runner", "docker", "jovyan", "hospital"})
 _MIN_OWN_NAME = 4
@@ -129,7 +124,18 @@ class Check:
     own_names: tuple[str, ...] = ()
 
     def of_text(self, text: str, *, is_vocabulary: bool = False) -> Iterator[tuple[int, str]]:
-        """(place, kind) of everything in a text that must not be sent."""
+        """(place, kind) of everything in a text that must not be sent, encoded texts and files within it included."""
+        yield from self._of_plain_text(text, is_vocabulary)
+        if (plain := unescaped(text)) != text:
+            yield from self._of_plain_text(plain, is_vocabulary)
+        for place, content in encoded_texts(text):
+            if isinstance(content, bytes):
+                if not (self.allow_images and kind_of_magic(content) == "picture"):
+                    yield place, f"{kind_of_magic(content)} in a text"
+            else:
+                yield from ((place, f"{kind}, encoded") for _, kind in self._of_plain_text(content, is_vocabulary))
+
+    def _of_plain_text(self, text: str, is_vocabulary: bool) -> Iterator[tuple[int, str]]:
         if not is_vocabulary:
             yield from ((match.start(), "path of a disk") for match in _PATH.finditer(text))
             for name in self.own_names:
@@ -243,7 +249,7 @@ def _of_content(
     if head[128:] == b"DICM":
         yield "", "volume or DICOM file"
         return
-    kind = next((kind for magic, kind in _MAGICS if head.startswith(magic)), None)
+    kind = kind_of_magic(head)
     if kind == "picture" and _is_picture(path):
         if not check.allow_images:
             yield "", "picture (allow it if it shows no patient)"
@@ -254,57 +260,59 @@ def _of_content(
         return
     if suffix not in _EXPECTED[repo_type] and not is_leftover:
         yield "", f"file that does not belong into a {repo_type}"
-    if suffix == ".onnx_data":  # the numbers of tensors alone
-        return
-    if b"\0" in head and _encoding_of(path) == "utf-8":
+    if suffix == ".onnx_data":
+        yield from _of_numbers(path, 0, check)
+    elif suffix in _BINARY and b"\0" in head and encoding_of(path) == "utf-8":
         yield from _of_binary(path, check)
-        return
-    yield from _of_stream(path, check, is_vocabulary=_matches(path.name, _VOCABULARIES))
+    else:
+        yield from _of_stream(path, check, is_vocabulary=_matches(path.name, _VOCABULARIES))
+        if path.name == "tokenizer.json":
+            yield from _of_tokenizer(path, check)
 
 
 def _of_stream(path: Path, check: Check, is_vocabulary: bool) -> Iterator[tuple[str, str]]:
-    """Findings in a file of any kind, read as text a block at a time; JSON with its escapes resolved."""
-    line, rest = 1, ""
-    encoding = _encoding_of(path)
-    with path.open(encoding=encoding, errors="replace", newline="") as file:
+    """Findings in a file of any kind, read as text a block at a time; what is no text cannot be searched."""
+    line, rest, is_text = 1, "", True
+    with path.open(encoding=encoding_of(path), errors="surrogateescape", newline="") as file:
         while block := file.read(TEXT_BLOCK):
             text = rest + block
+            lines_before = rest.count("\n")
             seen: set[tuple[int, str]] = set()
-            for place, kind in check.of_text(_plain(text), is_vocabulary=is_vocabulary):
+            if is_text and (match := _NO_TEXT.search(block)):
+                is_text = False
+                yield f"line {line + lines_before + block.count(chr(10), 0, match.start())}", "no text in UTF-8"
+            for place, kind in check.of_text(text, is_vocabulary=is_vocabulary):
                 # What lies in the overlap was found in the block before.
                 if place >= len(rest) - 1 or not rest:
                     where = (line + text.count("\n", 0, place), kind)
                     if where not in seen:
                         seen.add(where)
                         yield f"line {where[0]}", kind
-            rest = text[-_OVERLAP:]
+            rest = text[-OVERLAP:]
             line += text.count("\n", 0, len(text) - len(rest))
+
+
+def _of_tokenizer(path: Path, check: Check) -> Iterator[tuple[str, str]]:
+    """Findings beside the list of words, where single names count: tokens that were added, settings."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    model = values.get("model", {})
+    values["model"] = {name: value for name, value in model.items() if name not in ("vocab", "merges")}
+    rest = json.dumps(values, ensure_ascii=False, indent=0)
+    yield from {("beside the vocabulary", kind) for _, kind in check.of_text(rest)}
 
 
 def _of_binary(path: Path, check: Check) -> Iterator[tuple[str, str]]:
     """Findings in what can be read of a binary file: its runs of plain letters, as ONNX files keep paths and notes."""
-    start, rest = 0, b""
-    with path.open("rb") as file:
-        while block := file.read(TEXT_BLOCK):
-            content = rest + block
-            for run in _LETTERS.finditer(content):
-                if run.end() > len(rest):
-                    for _, kind in check.of_text(run[0].decode("latin-1"), is_vocabulary=len(run[0]) < _SENTENCE):
-                        yield f"byte {start + run.start()}", kind
-            start, rest = start + len(content) - len(content[-_OVERLAP:]), content[-_OVERLAP:]
+    for place, letters in letters_in(path, 0, among_numbers=False):
+        for _, kind in check.of_text(letters, is_vocabulary=len(letters) < _SENTENCE):
+            yield f"byte {place}", kind
 
 
-def _plain(text: str) -> str:
-    r"""The text with JSON's ``\u00e4`` as letters, at the same places as far as lines are concerned."""
-    if "\\u" not in text:
-        return text
-    return re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
-
-
-def _encoding_of(path: Path) -> str:
-    with path.open("rb") as file:
-        head = file.read(4)
-    return "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
+def _of_numbers(path: Path, start: int, check: Check) -> Iterator[tuple[str, str]]:
+    """Findings in the numbers of tensors, from a byte on: long runs of letters are no weights."""
+    for place, letters in letters_in(path, start, among_numbers=True):
+        for _, kind in check.of_text(letters, is_vocabulary=len(letters) < 2 * MIN_LETTERS):
+            yield f"byte {place}", kind
 
 
 def _of_safetensors(path: Path, check: Check) -> Iterator[tuple[str, str]]:
@@ -316,11 +324,21 @@ def _of_safetensors(path: Path, check: Check) -> Iterator[tuple[str, str]]:
         header = json.loads(file.read(length))
     for key, value in (header.pop("__metadata__", None) or {}).items():
         yield from ((f"metadata {number_of(key)}", kind) for _, kind in check.of_text(f"{key}\n{value}"))
-    names = "\n".join(header)
-    yield from (("names of tensors", kind) for _, kind in check.of_text(names, is_vocabulary=True))
-    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    names = _without_parameters("\n".join(header))
+    yield from {("names of tensors", kind) for _, kind in check.of_text(names)}
+    end = 0
+    for first, last in sorted(tensor["data_offsets"] for tensor in header.values()):
+        if first != end:
+            break
+        end = last
     if path.stat().st_size != 8 + length + end:
         yield "", "bytes that belong to no tensor"
+    yield from _of_numbers(path, 8 + length, check)
+
+
+def _without_parameters(names: str) -> str:
+    """Names of tensors without the words that networks give them: Lora and Norm are names of people as well."""
+    return re.sub(r"[A-Za-z]+", lambda word: "" if word[0].lower() in WORDS["parameters"] else word[0], names)
 
 
 def number_of(key: str) -> str:

@@ -48,6 +48,7 @@ _MAX_NAME_PARTS = 8
 _HASH_BYTES = 12
 _SHORT_VALUE = 100  # characters of a text that may be nothing but a number
 
+_QUOTED = re.compile(r"[\"'>]([^\W_]{4,5})[\"'<](?!:)")  # a value alone, of JSON or HTML
 _TOKEN = re.compile(r"[^\W_]+")
 _DATE_LIKE = re.compile(
     r"(?<!\d)(?:(?P<y>(?:19|20)\d\d)(?P<s>[-./ ]?)(?P<m>\d{1,2})(?P=s)(?P<d>\d{1,2})"
@@ -62,7 +63,9 @@ _NAMED_DATE = re.compile(
     r"(?P<y>(?:19|20)\d\d|\d\d)(?!\d)"
 )
 _EASTERN_DATE = re.compile(r"(?<!\d)(?P<y>(?:19|20)\d\d) ?[年년] ?(?P<m>\d{1,2}) ?[月월] ?(?P<d>\d{1,2})")
-_PREFIXES = frozenset({"mac", "mc", "o", "d", "al", "el", "de", "le", "la", "van", "von", "st"})  # of names in two words
+_PREFIXES = frozenset(
+    {"mac", "mc", "o", "d", "al", "el", "de", "le", "la", "van", "von", "st"}
+)  # of names in two words
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,10 @@ class SearchSet:
         plain, places = fold_with_places(text)
         if len(text) < _SHORT_VALUE and self._has("value", compact(text)):
             yield Hit(0, "identifier")
+        if with_name_parts:
+            for match in _QUOTED.finditer(text):
+                if self._has("value", compact(match[1])):
+                    yield Hit(match.start(1), "identifier")
         yield from self._search(plain, places, with_name_parts)
         if with_name_parts and (closed := closed_up(plain, places)) is not None:
             known = {(hit.place, hit.kind) for hit in self._search(plain, places, with_name_parts)}
