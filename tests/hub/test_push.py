@@ -131,7 +131,7 @@ def test_a_space_is_made_for_gradio(hub, api, tmp_path):
         (None, "connection"),
     ],
 )
-@pytest.mark.parametrize("step", ["POST /api/repos/create", "POST .*/commit/"])
+@pytest.mark.parametrize("step", ["POST /api/repos/create", "GET .*/tree/", "PUT /lfs/", "POST .*/commit/"])
 def test_each_failure_is_a_sentence_and_leaves_no_repository(hub, hub_server, api, folder, step, status, named):
     headers = {"X-Error-Code": "RepoNotFound"} if status == 404 else {}
     hub.faults = [hub_server.Fault(step, status, headers=headers)]

@@ -252,6 +252,12 @@ def test_what_is_no_scan_is_refused(score, files, mask, tmp_path):
         score(files[0], without_mask="guess")
     with pytest.raises(ValueError, match=r"knows no \['masks'\]"):
         score(files[0], masks=files[1])
+    for size in ((1, 2), (0, 8, 8), 8, "abc"):
+        with pytest.raises(ValueError, match="window_size_dhw must be 3 numbers of 1 or more"):
+            score(files[0], mask=files[1], window_size_dhw=size)
+    for rescale in (3, ("a", "b"), (1, float("nan"))):
+        with pytest.raises(ValueError, match="rescale must be 2 numbers, but"):
+            score(files[0], mask=files[1], rescale=rescale)
 
 
 @pytest.mark.parametrize(

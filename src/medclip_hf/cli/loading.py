@@ -31,7 +31,7 @@ def model_type_of(model: str, revision: str | None = None) -> str:
     except (OSError, ValueError) as error:
         if isinstance(error, HubError):
             raise
-        raise ValueError(f"{model}: its configuration cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"{model}: its configuration cannot be read: {_beginning(error)}") from error
     model_type = str(values.get("model_type", ""))
     if model_type in MODEL_TYPES:
         return model_type
@@ -85,7 +85,7 @@ def load_pipeline(
     except HubError:
         raise
     except Exception as error:  # of a damaged file, any: tokenizers raises plain ones, torch without CUDA asserts
-        raise ValueError(f"{model} cannot be used: {_first_line(error)}{_cure(model)}") from error
+        raise ValueError(f"{model} cannot be used: {_beginning(error)}{_cure(model)}") from error
     make: Any = pipeline  # annotated for the tasks of transformers alone
     return make(
         task,
@@ -140,7 +140,7 @@ def _cure(model: str) -> str:
     return f" The folder holds no *.safetensors{there}."
 
 
-def _first_line(error: BaseException) -> str:
-    """Of what was raised; a `KeyError` alone would be a word without a sense."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {error}".strip()
+def _beginning(error: BaseException) -> str:
+    """The sentence of an error, which may go on in a second line; a `KeyError` alone would be a word without sense."""
+    lines = [line.strip() for line in str(error).strip().splitlines()[:2]]
+    return " ".join(lines) if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {error}".strip()

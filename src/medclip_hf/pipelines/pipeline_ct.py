@@ -109,6 +109,8 @@ class _CTPipeline(_Pipeline):
         known = _READING | self._own_arguments
         if unknown := sorted(arguments.keys() - known):
             raise ValueError(f"{type(self).__name__} knows no {unknown}; it takes {sorted(known)}.")
+        _check_numbers("window_size_dhw", arguments.get("window_size_dhw"), 3, 1)
+        _check_numbers("rescale", arguments.get("rescale"), 2)
         reading = {name: value for name, value in arguments.items() if name in _READING}
         return reading, {name: value for name, value in arguments.items() if name not in _READING}, {}
 
@@ -268,7 +270,7 @@ class CTZeroShotClassificationPipeline(_CTPipeline):
         window_size_dhw: smallest window, voxels; default: the published one.
         batch_size, num_workers: as everywhere in transformers.
 
-    Example:
+    Examples:
         >>> score = pipeline("ct-zero-shot-classification", model="my-fvlm")
         >>> score("chest.nii.gz", mask="chest_labels.nii.gz")[0]
         {'anatomy': 'aorta', 'finding': 'Arterial wall calcification', 'probability': 0.81, 'window': ..., 'flags': []}
@@ -398,6 +400,23 @@ def read_findings(findings: Any, anatomies: Sequence[str]) -> tuple[Any, ...]:
     if not chosen or len({finding.name for finding in chosen}) < len(chosen):
         raise ValueError("findings must be at least one, each with a name of its own.")
     return tuple(chosen)
+
+
+def _check_numbers(name: str, values: Any, count: int, smallest: float = -np.inf) -> None:
+    """Refuse what is not so many numbers; None is not given.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if values is None:
+        return
+    try:
+        given = np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        given = np.empty(0)
+    if given.shape != (count,) or not (np.isfinite(given) & (given >= smallest)).all():
+        least = "" if smallest == -np.inf else f" of {smallest:g} or more"
+        raise ValueError(f"{name} must be {count} numbers{least}, but {values!r} came.")
 
 
 def window_of(model: Any) -> tuple[int, int, int]:
