@@ -8,13 +8,16 @@ SO400M at 384 pixels and BERT base, bf16 autocast over float32 weights, one proc
 checkpointing, captions padded to 77 tokens, all similarities of PC-Align kept, AdamW without a fused kernel; its image
 tower runs through the same attention (SDPA) as ours, as timm's does. The others are the package's step: fused AdamW,
 captions padded to the longest, PC-Align by blocks (or its Triton kernel), a share of the blocks that keeps activations,
-and compiled blocks. MFU counts the useful operations of towers and heads (three times forwards, no padding, no
-recomputation) against the dense bf16 peak. A variant that does not fit is said to, with the device's words.
+and compiled blocks. "open_clip" is that package's own step in stage 1, where it is installed: its SigLIP loss and a
+text tower of BERT's size. MFU counts the useful operations of towers and heads (three times forwards, no padding, no
+recomputation) against the dense bf16 peak; "losses" is the share of the step that they take alone. A variant that does
+not fit is said to, with the device's words.
 """
 
 import argparse
 
-from gpu_steps import Prepared, Request, add_arguments, device_here, measure
+from gpu_steps import NotMeasured, Prepared, Request, add_arguments, device_here, measure
+from open_clip_step import open_clip_model, open_clip_step, why_not
 from step_models import (
     TEXT_LIMIT,
     PlainConceptCLIPObjective,
@@ -22,6 +25,7 @@ from step_models import (
     conceptclip_batch,
     conceptclip_flops,
     conceptclip_model,
+    make_losses,
     make_step,
     padded,
 )
@@ -30,6 +34,8 @@ from medclip_hf.training.objectives import ConceptCLIPObjective
 
 VARIANTS: dict[str, Request] = {
     "published": {"published": True, "keep": 0.0},
+    "open_clip, all recomputed": {"open_clip": True, "keep": 0.0},
+    "open_clip, none recomputed": {"open_clip": True, "keep": None},
     "ours, all recomputed": {"keep": 0.0},
     "ours, half recomputed": {"keep": 0.5},
     "ours, none recomputed": {"keep": None},
@@ -40,18 +46,24 @@ VARIANTS: dict[str, Request] = {
 
 def prepare(request: Request) -> Prepared:
     """The step of one variant."""
-    published = request.get("published", False)
-    model = conceptclip_model("tiny" if request["tiny"] else "published", stage=request["stage"])
+    size, device, published = "tiny" if request["tiny"] else "published", device_here(), request.get("published", False)
+    model = conceptclip_model(size, stage=request["stage"])
     batch = conceptclip_batch(model.config, request["rows"], concepts=request["concepts"])
     flops = conceptclip_flops(model.config, batch)
-    device = device_here()
+    if request.get("open_clip"):
+        if reason := "it has no second stage" if request["stage"] == 2 else why_not():
+            raise NotMeasured(reason)
+        limit = TEXT_LIMIT["conceptclip"]
+        theirs = open_clip_model(model.config, limit, size)
+        step, losses = open_clip_step(theirs, padded(batch, limit), device=device, recompute=request["keep"] == 0.0)
+        return Prepared(step, losses, request["rows"], flops)
     apply_blocks(model.to(device), keep=request["keep"], compiled=request.get("compiled", False))
     if published:
         batch = padded(batch, TEXT_LIMIT["conceptclip"])
     objective = PlainConceptCLIPObjective() if published else ConceptCLIPObjective()
     micro = 1 if published else request["micro_batches"]
     step = make_step(model, objective, batch, device=device, fused=not published, bf16=True, micro_batches=micro)
-    return step, request["rows"], flops
+    return Prepared(step, make_losses(model, objective, batch, device=device, bf16=True), request["rows"], flops)
 
 
 def main() -> None:

@@ -8,13 +8,13 @@ ViT-B on crops of 112 × 256 × 352 and BERT base, one process, data at hand, a 
 its masks and pooling are the package's, so what those save is left out here (benchmarks/fvlm_step.py has it). The
 others are the package's step: bf16 autocast, texts padded to the longest, fused AdamW, recomputed or compiled blocks as
 named. MFU counts useful operations (three times forwards, no padding, no recomputation) against the dense bf16 peak,
-for float32 too.
+for float32 too; "losses" is the share of the step that they take alone.
 """
 
 import argparse
 
 from gpu_steps import Prepared, Request, add_arguments, device_here, measure
-from step_models import TEXT_LIMIT, apply_blocks, fvlm_batch, fvlm_flops, fvlm_model, make_step, padded
+from step_models import TEXT_LIMIT, apply_blocks, fvlm_batch, fvlm_flops, fvlm_model, make_losses, make_step, padded
 
 from medclip_hf.training.objectives import FVLMObjective
 
@@ -37,16 +37,10 @@ def prepare(request: Request) -> Prepared:
     apply_blocks(model.to(device), keep=request["keep"], compiled=request.get("compiled", False))
     if published:
         batch = padded(batch, TEXT_LIMIT["fvlm"])
-    step = make_step(
-        model,
-        FVLMObjective(model.config.anatomies),
-        batch,
-        device=device,
-        fused=not published,
-        bf16=request.get("bf16", not published),
-        micro_batches=1 if published else request["micro_batches"],
-    )
-    return step, request["rows"], flops
+    objective, bf16 = FVLMObjective(model.config.anatomies), request.get("bf16", not published)
+    micro = 1 if published else request["micro_batches"]
+    step = make_step(model, objective, batch, device=device, fused=not published, bf16=bf16, micro_batches=micro)
+    return Prepared(step, make_losses(model, objective, batch, device=device, bf16=bf16), request["rows"], flops)
 
 
 def main() -> None:

@@ -5,16 +5,46 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import required_versions  # noqa: F401 - first of all: what follows fails on older ones
 import torch
 from step_models import in_own_process, peak_bytes, seconds_of
 
-# Dense bf16 without sparsity, as the makers state it.
-PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "L40S": 362.0}
+# Dense bf16 without sparsity, as the makers state it; the first name that is part of the device's counts.
+PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+}
 
 Request = dict[str, Any]
-Prepared = tuple[Callable[[], torch.Tensor], int, float]  # the step, its rows, its useful floating-point operations
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A variant, ready to be measured.
+
+    Args:
+        step: a whole optimiser step.
+        losses: of that step the losses alone, with the gradients of the embeddings.
+        rows: of a step.
+        flops: its useful floating-point operations.
+    """
+
+    step: Callable[[], torch.Tensor]
+    losses: Callable[[], torch.Tensor]
+    rows: int
+    flops: float
+
+
+class NotMeasured(Exception):
+    """A variant that cannot be measured here, and why."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, batches: list[int]) -> None:
@@ -47,7 +77,10 @@ def measure(
     if unknown:
         _stop(f"no variant {sorted(unknown)}; there are {list(variants)}.")
     print(_machine(), flush=True)
-    print(f"{'rows':>6} {'variant':28}{'rows/s':>10}{'ratio':>8}{'MFU':>8}{'peak GiB':>10}{'ms/step':>10}{'range':>18}")
+    print(
+        f"{'rows':>6} {'variant':28}{'rows/s':>10}{'ratio':>8}{'MFU':>8}{'losses':>8}{'peak GiB':>10}{'ms/step':>10}"
+        f"{'range':>18}"
+    )
     for rows in options.batches:
         baseline = None
         for name in options.variants or variants:
@@ -60,11 +93,12 @@ def measure(
             baseline = baseline or (found["rows_per_second"] if name == "published" else None)
             ratio = f"{found['rows_per_second'] / baseline:8.2f}" if baseline else f"{'–':>8}"
             mfu = f"{100 * found['mfu']:7.1f}%" if found["mfu"] else f"{'–':>8}"
+            losses = f"{100 * found['losses']:.1f}%"
             low, high = found["range_ms"]
             spread = f"{low:.0f}-{high:.0f}"
             print(
-                f"{rows:>6} {name:28}{found['rows_per_second']:>10.1f}{ratio}{mfu}{found['peak'] / 2**30:>10.2f}"
-                f"{found['ms']:>10.1f}{spread:>18}",
+                f"{rows:>6} {name:28}{found['rows_per_second']:>10.1f}{ratio}{mfu}{losses:>8}"
+                f"{found['peak'] / 2**30:>10.2f}{found['ms']:>10.1f}{spread:>18}",
                 flush=True,
             )
 
@@ -87,17 +121,21 @@ def device_here() -> torch.device:
 
 def _one(request: Request, prepare: Callable[[Request], Prepared]) -> Request:
     torch.set_float32_matmul_precision("high")
-    step, rows, flops = prepare(request)
+    try:
+        prepared = prepare(request)
+    except NotMeasured as error:
+        return {"error": str(error)}
     device = device_here()
-    times = seconds_of(step, request["repeats"], device)
-    seconds = statistics.median(times)
-    peak = _peak_tflops()
+    times = seconds_of(prepared.step, request["repeats"], device)
+    seconds, memory, peak = statistics.median(times), peak_bytes(device), _peak_tflops()
+    losses = statistics.median(seconds_of(prepared.losses, request["repeats"], device))
     return {
-        "rows_per_second": rows / seconds,
+        "rows_per_second": prepared.rows / seconds,
         "ms": 1000 * seconds,
         "range_ms": [1000 * min(times), 1000 * max(times)],
-        "mfu": flops / seconds / 1e12 / peak if peak else None,
-        "peak": peak_bytes(device),
+        "mfu": prepared.flops / seconds / 1e12 / peak if peak else None,
+        "losses": losses / seconds,
+        "peak": memory,
     }
 
 

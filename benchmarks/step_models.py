@@ -34,7 +34,7 @@ TYPICAL_TOKENS = (12, 70)  # of a caption or of an anatomy's text, drawn evenly 
 def conceptclip_model(size: str, *, stage: int = 2, dropout: float = 0.1) -> ConceptCLIPModel:
     """Random weights; "published" is SO400M at 384 pixels with BERT base."""
     text: dict[str, Any] = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    vision: dict[str, Any] = {}
+    vision: dict[str, Any] | None = None  # an empty one would mean SigLIP base at 224 pixels
     if size != "published":
         width, layers, side = (192, 6, 112) if size == "small" else (32, 2, 32)
         text |= {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 4}
@@ -158,10 +158,7 @@ def make_step(
     accelerator = Accelerator(cpu=device.type == "cpu")
 
     def step() -> Tensor:
-        here = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-        }
+        here = _moved(batch, device)
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
             loss = backward(model, objective, here, micro_batches, accelerator)["loss"]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -170,6 +167,36 @@ def make_step(
         return loss
 
     return step
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def make_losses(
+    model: torch.nn.Module, objective: Any, batch: Batch, *, device: torch.device, bf16: bool
+) -> Callable[[], Tensor]:
+    """The losses of a step with the gradients of the embeddings, alone, as a function."""
+    leaves: dict[str, Tensor] = {}
+    here: Batch = {}
+
+    def losses() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+            if not leaves:
+                here.update(
+                    {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+                )
+                with torch.no_grad():
+                    found = objective.embed(model, here)
+                leaves.update({name: value.requires_grad_(value.is_floating_point()) for name, value in found.items()})
+            loss = objective.compare(leaves, here)["loss"]
+        loss.backward()
+        return loss.detach()
+
+    return losses
 
 
 def apply_blocks(model: torch.nn.Module, *, keep: float | None, compiled: bool) -> None:
@@ -240,17 +267,18 @@ def conceptclip_flops(config: ConceptCLIPConfig, batch: Batch) -> float:
 
 
 def fvlm_flops(config: FVLMConfig, batch: Batch) -> float:
-    """Of the towers and the pooling in one step: three times forwards; padding and recomputation do not count."""
+    """Of the towers in one step: three times forwards; padding and recomputation do not count.
+
+    Pooling is left out: with its queries carried back to the tokens it is a thousandth of the tower.
+    """
     vision, text = config.vision_config, config.text_config
     patches = 1
     for size, patch in zip(vision.image_size_dhw, vision.patch_size_dhw, strict=True):
         patches *= size // patch
     scan = transformer_flops(patches, vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers)
     voxels = 2 * patches * vision.hidden_size * torch.tensor(vision.patch_size_dhw).prod().item()
-    levels = len(config.feature_layers) + 1
-    pooling = 2 * patches * levels * 2 * vision.hidden_size**2
     texts = sum(
         transformer_flops(length, text.hidden_size, text.intermediate_size, text.num_hidden_layers)
         for length in batch["attention_mask"].sum(1).tolist()
     )
-    return 3 * (len(batch["pixel_values"]) * (scan + voxels + pooling) + texts)
+    return 3 * (len(batch["pixel_values"]) * (scan + voxels) + texts)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +29,29 @@ def benchmark(repository):
 def test_a_step_of_conceptclip_runs(benchmark, variant):
     script = benchmark("gpu_conceptclip")
     request = {"tiny": True, "stage": 2, "rows": 4, "concepts": 3, "micro_batches": 1} | script.VARIANTS[variant]
-    step, rows, flops = script.prepare(request)
-    assert (rows, torch.isfinite(step()).item()) == (4, True)
-    assert flops > 0
+    prepared = script.prepare(request)
+    assert (prepared.rows, torch.isfinite(prepared.step()).item()) == (4, True)
+    assert prepared.losses().item() == pytest.approx(prepared.losses().item())
+    assert prepared.flops > 0
 
 
 @pytest.mark.parametrize("variant", ["published", "ours, bf16"])
 def test_a_step_of_fvlm_runs(benchmark, variant):
     script = benchmark("gpu_fvlm")
-    step, rows, _ = script.prepare({"tiny": True, "rows": 2, "micro_batches": 1} | script.VARIANTS[variant])
-    assert (rows, torch.isfinite(step()).item()) == (2, True)
+    prepared = script.prepare({"tiny": True, "rows": 2, "micro_batches": 1} | script.VARIANTS[variant])
+    assert (prepared.rows, torch.isfinite(prepared.step()).item()) == (2, True)
+    assert torch.isfinite(prepared.losses())
+
+
+def test_a_step_of_open_clip_without_open_clip_is_a_sentence_in_the_table(benchmark, monkeypatch):
+    script = benchmark("gpu_conceptclip")
+    monkeypatch.setattr(script, "why_not", lambda: "not measured: open_clip not installed")
+    request = {"tiny": True, "stage": 1, "rows": 2, "concepts": 2, "micro_batches": 1, "repeats": 1}
+    monkeypatch.setattr(sys, "argv", ["gpu_conceptclip.py"])
+    steps = sys.modules["gpu_steps"]
+    for stage, said in ((1, "not installed"), (2, "no second stage")):
+        found = steps._one(request | {"stage": stage} | script.VARIANTS["open_clip, all recomputed"], script.prepare)
+        assert said in found["error"]
 
 
 def test_the_published_size_without_a_gpu_is_refused(benchmark, monkeypatch, capsys):
@@ -64,6 +78,35 @@ def test_operations_of_a_tower_are_those_of_its_matrix_products(benchmark):
     models = benchmark("step_models")
     # one token, one layer of width 1 and inner width 1: six products of weights, two of attention, two operations each
     assert models.transformer_flops(1, 1, 1, 1) == 16
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_operations_at_the_published_size_are_those_that_pytorch_counts(benchmark, stage):
+    models = benchmark("step_models")
+    with torch.device("meta"):
+        model = models.conceptclip_model("published", stage=stage).eval()
+    vision = model.config.vision_config
+    assert (vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size) == (1152, 27, 384, 14)
+    batch = models.conceptclip_batch(model.config, 2, tokens=(40, 40))
+    input_ids = batch["input_ids"].to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        patches = model.vision_model(pixel_values=batch["pixel_values"].to("meta")).last_hidden_state
+        model.text_model(input_ids=input_ids, token_type_ids=torch.zeros_like(input_ids))
+        if stage == 2:
+            model.patch_projection(patches)
+    assert models.conceptclip_flops(model.config, batch) == pytest.approx(3 * counter.get_total_flops(), rel=1e-3)
+
+
+def test_operations_of_fvlm_at_the_published_size_are_those_that_pytorch_counts(benchmark):
+    models = benchmark("step_models")
+    with torch.device("meta"):
+        model = models.fvlm_model("published").eval()
+    assert tuple(model.config.vision_config.image_size_dhw) == (112, 256, 352)
+    batch = models.fvlm_batch(model.config, 1, tokens=(40, 40))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.vision_model(batch["pixel_values"].to("meta"))
+        model.text_model(input_ids=batch["input_ids"].to("meta"))
+    assert models.fvlm_flops(model.config, batch) == pytest.approx(3 * counter.get_total_flops(), rel=1e-3)
 
 
 def test_gradient_caching_is_measured_beside_equal_gradients(benchmark):
