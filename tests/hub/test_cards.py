@@ -149,7 +149,7 @@ def test_a_card_needs_the_folder_of_its_model(tmp_path):
 @pytest.mark.parametrize("name", ["conceptclip", "fvlm"])
 def test_the_cards_of_the_two_systems_have_metadata_and_every_section(repository, name):
     card = ModelCard.load(repository / "model_cards" / f"{name}.md", ignore_metadata_errors=False)
-    assert {"license", "library_name", "language", "metrics", "tags"} <= card.data.to_dict().keys()
+    assert {"license", "library_name", "language", "base_model", "metrics", "tags"} <= card.data.to_dict().keys()
     for section in (
         "Architecture",
         "Data",
