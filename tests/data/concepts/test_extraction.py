@@ -17,6 +17,7 @@ pytest.importorskip("scispacy")
 
 from medclip_hf.data.concepts.extraction import MAX_CAPTION_CHARS, ConceptExtractor, ExtractorOptions
 from medclip_hf.data.concepts.index import Concept, ConceptIndex
+from medclip_hf.data.concepts.words import split_words
 
 VOCABULARY = (
     Concept("C1", "Pneumothorax", ("collapsed lung",), ("T046",)),
@@ -110,6 +111,22 @@ def test_an_abbreviation_stands_for_the_long_form_that_the_caption_gives(small: 
     assert found(small, caption) == [("Pulmonary nodule", "C4"), ("PN", "C4"), ("CT", "C2"), ("PN", "C4")]
 
 
+@pytest.mark.parametrize(
+    "caption",
+    ["PN (pulmonary nodule) grew; the PN is large.", "A pulmonary nodule [PN] grew; the PN is large, as PNs are."],
+)
+def test_an_abbreviation_is_read_before_its_long_form_and_in_square_brackets(
+    small: ConceptExtractor, caption: str
+) -> None:
+    assert {mention for mention, _ in found(small, caption)} >= {"PN", "pulmonary nodule"}
+    assert {cui for _, cui in found(small, caption)} == {"C4"}
+
+
+def test_the_end_of_an_explanation_is_not_what_the_abbreviation_means(small: ConceptExtractor) -> None:
+    caption = "CT (computed tomography of the chest and the lung)"
+    assert found(small, caption)[0] == ("CT", "C2")
+
+
 def test_an_abbreviation_explained_otherwise_is_not_the_vocabulary_s(small: ConceptExtractor) -> None:
     assert found(small, "Calcitonin treatment (CT) of mice; CT worked.") == []
 
@@ -179,6 +196,7 @@ def test_entities_of_a_pipeline_are_linked_too(tmp_path: Path) -> None:
         " ",
         "\x00\x01\x02",
         "\ud800 lone surrogate",
+        "a \ud800 (LS) in a word before an abbreviation",
         "\u202eفحص lung בדיקה",
         "(" * 3000,
         "((a) (b",
@@ -197,18 +215,41 @@ def test_a_caption_of_fifty_thousand_characters_is_read_to_its_end(small: Concep
     assert found(small, caption)[-1] == ("pneumothorax", "C1")
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("gap", [" " * 50_000 + ".", "\u00a0" * 50_000 + "!", "-" * 50_000])
+def test_hostile_gaps_between_words_take_time_in_proportion(small: ConceptExtractor, gap: str) -> None:
+    assert found(small, f"lung{gap}lung") == [("lung", "C3"), ("lung", "C3")]
+
+
+@pytest.mark.parametrize("mention", ["pneumo\u00adthorax", "lung\u2003nodule", "lung\u200b nodule", "lung\u200bnodule"])
+def test_invisible_characters_and_odd_spaces_inside_a_mention_do_not_matter(
+    small: ConceptExtractor, mention: str
+) -> None:
+    assert [text for text, _ in found(small, f"A {mention}.")] == [mention]
+
+
 def test_what_lies_behind_the_longest_caption_is_not_read(small: ConceptExtractor) -> None:
     assert found(small, "x " * (MAX_CAPTION_CHARS // 2) + "lung") == []
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.text(st.sampled_from("lung node.CT-(),é\u0301’\n Pneumothrx"), max_size=80))
+@given(
+    st.lists(
+        st.sampled_from(
+            ["lung", "nodule", "collapsed", "CT", "PN", " ", " ", "(", ")", "[", "]", "-", ".", ",", "’s", "no "]
+        )
+        | st.characters(),  # of any script, control characters and halves of surrogate pairs among them
+        max_size=40,
+    ).map("".join)
+)
 def test_spans_are_ordered_inside_the_caption_and_do_not_overlap(caption: str) -> None:
     extractor = _cached()
     end = 0
     for mention in extractor.extract([caption])[0]:
         assert end <= mention.start_char < mention.end_char <= len(caption)
         assert not unicodedata.category(caption[mention.start_char]).startswith("Z")
+        words = split_words(caption[mention.start_char : mention.end_char])
+        assert words.spans[0][0] == 0 and words.spans[-1][1] == mention.end_char - mention.start_char  # noqa: PT018
         end = mention.end_char
 
 

@@ -27,6 +27,8 @@ def judge(caption: str, *mentions: str) -> list[str]:
         ("Neither effusion nor edema", "edema"),
         ("negative for tumor", "tumor"),
         ("Absence of a mass", "mass"),
+        ("No radiographic evidence of fracture", "fracture"),
+        ("no recent history of trauma", "trauma"),
     ],
 )
 def test_denials_are_seen(caption: str, mention: str) -> None:
@@ -41,6 +43,8 @@ def test_denials_are_seen(caption: str, mention: str) -> None:
         ("Effusion cannot be excluded.", "Effusion"),
         ("melanoma versus nevus", "nevus"),
         ("CT to exclude fracture", "fracture"),
+        ("r/o fracture", "fracture"),
+        ("Fracture unlikely", "Fracture"),
     ],
 )
 def test_doubts_are_seen(caption: str, mention: str) -> None:
@@ -58,6 +62,7 @@ def test_doubts_are_seen(caption: str, mention: str) -> None:
         ("No pneumothorax. Nodule", "Nodule"),
         ("No pneumothorax; nodule", "nodule"),
         ("No pneumothorax but a nodule", "nodule"),
+        ("No pneumothorax and a nodule", "nodule"),
         ("No effusion in this patient with a nodule", "nodule"),
         ("No fracture (arrow) edema", "edema"),
     ],

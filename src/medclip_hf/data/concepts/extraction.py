@@ -41,6 +41,9 @@ MIN_SIMILAR_CHARS = 6
 _MAY_EXPLAIN = re.compile(
     r"(?:[^\s()]{1,60}\s{1,3}){1,12}\((?:[A-Za-z][^\s()]{0,15}[A-Z][^\s()]{0,15}|[A-Z][^\s()]{1,15}|[^()]{12,80})\)"
 )
+_EXPLAINED_BEHIND = re.compile(r"(?<![\w-])([A-Z][\w-]{0,8}[A-Z]s?)\s?\(([^\s()][^()]{4,80})\)")
+# Read by spaCy instead: it refuses halves of surrogate pairs, and scispaCy knows round brackets only.
+_FOR_SPACY = {ord("["): "(", ord("]"): ")"} | dict.fromkeys(range(0xD800, 0xE000), "?")
 _OPPOSITES = (  # prefixes that make words of similar spelling opposites
     *(("hyper", "hypo"), ("intra", "inter"), ("intra", "extra"), ("inter", "extra"), ("macro", "micro")),
     *(("pre", "post"), ("supra", "infra"), ("anti", "pro"), ("mono", "poly"), ("tachy", "brady"), ("endo", "exo")),
@@ -220,14 +223,14 @@ class ConceptExtractor:
         definitions: list[list[tuple[str, str]]] = [[] for _ in captions]
         detector = _abbreviation_detector(self._nlp) if self.options.abbreviations else None
         for number, caption in enumerate(captions):
+            text = caption.translate(_FOR_SPACY)
             if self.options.pipeline:
-                entities[number] = _entity_words(self._nlp(caption), words[number])
-            if detector is not None and "(" in caption:
+                entities[number] = _entity_words(self._nlp(text), words[number])
+            if detector is not None and "(" in text:
                 # The detector's time grows with the square of the parentheses of a text: it reads one at a time.
-                windows = [self._nlp.make_doc(found.group()) for found in _MAY_EXPLAIN.finditer(caption)]
-                definitions[number] = list(
-                    dict.fromkeys(pair for doc in windows for pair in _definitions(detector, doc))
-                )
+                windows = [self._nlp.make_doc(found.group()) for found in _MAY_EXPLAIN.finditer(text)]
+                pairs = [pair for doc in windows for pair in _definitions(detector, doc)]
+                definitions[number] = list(dict.fromkeys(pairs + _explained_behind(self._nlp, text)))
         return entities, definitions
 
     def _apply_definitions(
@@ -405,8 +408,27 @@ def _definitions(detector: Any, doc: Any) -> list[tuple[str, str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # W036: it has learnt no pattern yet
         doc = detector(doc)
-    pairs = {(short.text, short._.long_form.text) for short in doc._.abbreviations}
+    inside = doc.text.partition("(")[2]  # what stands before it is read by `_explained_behind`
+    pairs = {(short.text, short._.long_form.text) for short in doc._.abbreviations if short.text in inside}
     return sorted((short, long) for short, long in pairs if short != short.lower() and " " not in short)
+
+
+def _explained_behind(nlp: Any, text: str) -> list[tuple[str, str]]:
+    """(short, long) of abbreviations with their long form in parentheses: "PE (pulmonary embolism)".
+
+    The detector reads these from four words on, and then takes the end of them alone for the long form: "CT (computed
+    tomography of the chest)" would be a chest.
+    """
+    from scispacy.abbreviation import find_abbreviation
+
+    pairs = []
+    for found in _EXPLAINED_BEHIND.finditer(text):
+        short, long = found.groups()
+        words = nlp.make_doc(long)[:]
+        _, explaining = find_abbreviation(words, nlp.make_doc(short)[:])
+        if explaining is not None and explaining.start == 0:
+            pairs.append((short, long))
+    return pairs
 
 
 def _entity_words(doc: Any, words: Words) -> list[tuple[int, int]]:

@@ -19,7 +19,16 @@ from medclip_hf.data.concepts.words import Words
 
 _CLAUSE_END = re.compile(r"[.!?;](?:\s|$)|[;:]|\n\s*\n|[()\[\]]")
 _AUXILIARIES = frozenset(("is", "are", "was", "were", "be", "been", "has", "have", "had", "could", "can", "also"))
-_SIDES = ("negated_after_cue", "negated_before_cue", "uncertain_after_cue", "uncertain_before_cue", "none", "ends")
+_SIDES = (
+    "negated_after_cue",
+    "negated_before_cue",
+    "uncertain_after_cue",
+    "uncertain_before_cue",
+    "none",
+    "through",
+    "ends",
+)
+_SILENT = ("none", "through", "ends")  # kinds that say nothing of a mention
 
 
 class Certainty(Enum):
@@ -70,13 +79,13 @@ class CertaintyRules:
         lowered = [word.lower() for word in words.texts]
         occupied = {number for first, last in mentions for number in range(first, last + 1)}
         cues = self._find_cues(lowered, occupied)
-        if not any(cue.kind not in ("none", "ends") for cue in cues):
+        if not any(cue.kind not in _SILENT for cue in cues):
             return [Certainty.AFFIRMED] * len(mentions)
         clause_of, commas = _clauses(caption, words)
-        stops = {number for cue in cues for number in range(cue.first, cue.last + 1)}
+        stops = {number for cue in cues if cue.kind != "through" for number in range(cue.first, cue.last + 1)}
         certainty = dict.fromkeys(range(len(words)), Certainty.AFFIRMED)
         for cue in cues:
-            if cue.kind not in ("none", "ends"):
+            if cue.kind not in _SILENT:
                 kind = Certainty.NEGATED if cue.kind.startswith("negated") else Certainty.UNCERTAIN
                 for number in self._scope(cue, stops, lowered, clause_of, commas):
                     if certainty[number] is not Certainty.NEGATED:

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 Hashes = NDArray[np.uint64]
 
 MAX_WORDS = 8  # of a name that is looked for in captions; longer ones are only linked to mentions found otherwise
-_WORD = re.compile(r"[^\W_]+(?:[\u0300-\u036f]+[^\W_]*)*")  # accents written as characters of their own belong to it
+# Accents written as characters of their own belong to a word, and soft hyphens and such inside it.
+_WORD = re.compile(r"[^\W_]+(?:[\u0300-\u036f]+[^\W_]*|[\u00ad\u200c\u200d\u2060\ufeff]+[^\W_]+)*")
 _BRITISH_OE = re.compile(r"(?:^|(?<=^[cf])|(?<=rrh))oe")  # oedema, foetus, diarrhoea, but not hypoechoic
-_JOINS = re.compile(r"[ \t\r\n\u00a0\u2009\u202f]*[-\u2010\u2011\u2012\u2013/'’]?[ \t\r\n\u00a0\u2009\u202f]*")
+_JOINS = re.compile(r"[\s\u200b]*(?:[-\u2010\u2011\u2012\u2013/'’][\s\u200b]*)?")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, without pattern: words in another order give another hash
 
 
@@ -67,12 +68,17 @@ def normal_form(word: str) -> str:
     word = word.lower()
     if not word.isascii():
         decomposed = unicodedata.normalize("NFKD", word)
-        word = "".join(character for character in decomposed if not unicodedata.combining(character)).lower()
+        word = "".join(filter(_is_written, decomposed)).lower()
     if len(word) > 2 and word.endswith("s") and word.isalpha():
         word = _singular(word)
     if len(word) > 5:
         word = _BRITISH_OE.sub("e", word.replace("ae", "e").replace("our", "or"))
     return word
+
+
+def _is_written(character: str) -> bool:
+    """Whether a character is neither an accent nor invisible."""
+    return not unicodedata.combining(character) and unicodedata.category(character) != "Cf"
 
 
 def _singular(word: str) -> str:
