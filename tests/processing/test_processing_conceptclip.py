@@ -132,6 +132,26 @@ def test_a_span_outside_its_caption_is_refused(processor, span):
         processor(text=["chest", "chest left"], concept_char_spans=[[], [span]])
 
 
+@pytest.mark.parametrize("spans", [(0, 5), None, [(0, 5, 1)], [(0.0, 5.0)]])
+def test_what_is_no_list_of_spans_is_refused(processor, spans):
+    with pytest.raises(ValueError, match=r"Caption 0 needs a list of \(start, end\) integers"):
+        processor(text=["chest"], concept_char_spans=[spans])
+
+
+def test_captions_may_stay_of_different_lengths(processor):
+    features = processor(
+        text=["chest", "chest left"], concept_char_spans=[[], [(6, 10)]], padding=False, return_tensors=None
+    )
+    assert [len(row) for row in features["input_ids"]] == [3, 4]
+    assert features["concept_token_spans"].tolist() == [[[0, 0]], [[2, 3]]]
+
+
+@pytest.mark.parametrize("inputs", [{"images": []}, {"text": []}])
+def test_an_empty_list_is_refused(processor, inputs):
+    with pytest.raises(ValueError, match="is an empty list"):
+        processor(**inputs)
+
+
 def test_spans_without_their_captions_are_refused(processor):
     with pytest.raises(ValueError, match="1 lists for 2 captions"):
         processor(text=["chest", "left"], concept_char_spans=[[]])
@@ -262,6 +282,16 @@ def test_the_orientation_in_exif_is_applied():
 )
 def test_arrays_and_tensors_of_every_layout_mean_the_same_image(array):
     assert np.array_equal(np.asarray(to_rgb(array)), np.stack([GRADIENT] * 3, axis=-1))
+
+
+def test_a_tensor_of_bfloat16_is_taken():
+    tensor = torch.tensor([[0.0, 1.0]], dtype=torch.bfloat16)
+    assert np.asarray(to_rgb(tensor))[0, :, 0].tolist() == [0, 255]
+
+
+def test_an_array_of_objects_is_refused():
+    with pytest.raises(ValueError, match="should hold numbers"):
+        to_rgb(np.array([["a", "b"]], dtype=object))
 
 
 def test_a_boolean_array_is_black_and_white():

@@ -94,6 +94,12 @@ def test_tensors_lists_and_nested_lists_are_volumes_too(image_processor):
         assert torch.equal(image_processor(images)["pixel_values"], expected)
 
 
+def test_volumes_of_bfloat16_are_taken(image_processor):
+    volume = torch.from_numpy(torso()).bfloat16()
+    pixel_values = image_processor(volume)["pixel_values"]
+    torch.testing.assert_close(pixel_values, image_processor(volume.float())["pixel_values"])
+
+
 def test_scaled_volumes_are_taken_with_the_window_off(image_processor):
     scaled = np.random.default_rng(0).random((16, 24, 32))
     values = image_processor(scaled, do_window=False)["pixel_values"]
@@ -174,10 +180,27 @@ def test_the_geometry_of_the_contract_is_taken(image_processor):
     assert image_processor(torso(), orientation="LPS", spacing_mm_dhw=(3.1, 1.001, 1.0))["pixel_values"].ndim == 5
 
 
-@pytest.mark.parametrize("arguments", [{"hu_min": 400}, {"rescale_applied": False}])
-def test_a_contract_that_cannot_be_kept_is_refused(arguments):
-    with pytest.raises(ValueError, match="must"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hu_min": 400}, "hu_min must"),
+        ({"rescale_applied": False}, "rescale_applied must"),
+        ({"size_dhw": (8, 8)}, "size_dhw holds a positive number"),
+        ({"spacing_mm_dhw": (0, 1, 1)}, "spacing_mm_dhw holds a positive number"),
+        ({"crop_margin_dhw": (-1, 20, 20)}, "crop_margin_dhw holds"),
+        ({"anatomies": ["lung", "lung"]}, "anatomies must be distinct"),
+    ],
+)
+def test_a_contract_that_cannot_be_kept_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
         FVLMImageProcessor(**arguments)
+
+
+def test_a_misspelt_argument_does_not_pass_for_a_geometry_that_was_checked(processor):
+    with pytest.raises(ValueError, match="knows orientatoin"):
+        processor(torso(), orientatoin="RAS")
+    with pytest.raises(ValueError, match="knows orientatoin"):
+        processor(torso(), text="Cardiomegaly.", orientatoin="RAS")
 
 
 # Texts -----------------------------------------------------------------------------------------------------------
@@ -204,6 +227,12 @@ def test_the_identity_of_a_text_is_the_same_in_every_process():
     assert text_id("Cardiomegaly.") != text_id("cardiomegaly.")
 
 
+def test_the_mapping_of_a_single_volume_needs_no_list(processor):
+    alone, listed = (processor(text=text) for text in ({"heart": "cardiomegaly."}, [{"heart": "cardiomegaly."}]))
+    assert alone["text_index"].tolist() == [[-1, 0, -1, -1]]  # and the name of the anatomy is not taken for a prompt
+    assert torch.equal(alone["input_ids"], listed["input_ids"])
+
+
 def test_prompts_keep_their_rows(processor):
     inputs = processor(text=["not cardiomegaly.", "cardiomegaly.", "cardiomegaly."])
     assert inputs["input_ids"].shape[0] == 3
@@ -228,6 +257,10 @@ def test_long_texts_are_cut_at_the_published_length(processor):
         ({"text": [{"heart": "Cardiomegaly."}, "Cardiomegaly."]}, r"text\[1\] must be a mapping"),
         ({"text": [{"heart": ""}]}, "no text at all"),
         ({"text": []}, "no text at all"),
+        ({"text": [["Cardiomegaly."]]}, "text should be a string"),
+        ({"text": 3}, "text should be a string"),
+        ({"text": [{"heart": None}]}, r"text\[0\] holds None for heart"),
+        ({"text": "Cardiomegaly.", "anatomy_mask": torso_mask()}, "without images"),
         ({"text": [{"heart": "x"}] * 2, "images": torso()}, "1 volumes came with texts of 2"),
     ],
 )

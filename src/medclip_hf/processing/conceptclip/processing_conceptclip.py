@@ -2,6 +2,7 @@
 
 import io
 import logging
+import operator
 import os
 import struct
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ class ConceptCLIPProcessor(ProcessorMixin):
         image_processor: resizes and normalises; as published: squashed to 384 x 384, bicubic, mean = std = 0.5.
         tokenizer: a tokenizer that tells the characters of each token (any fast BERT tokenizer).
 
-    Example:
+    Examples:
         >>> processor = ConceptCLIPProcessor.from_pretrained("my-conceptclip")
         >>> caption = "Chest radiograph with left pleural effusion."
         >>> inputs = processor(images="figure.png", text=[caption], concept_char_spans=[[(27, 43)]])
@@ -84,16 +85,20 @@ class ConceptCLIPProcessor(ProcessorMixin):
         """
         if images is not None:
             images = [to_rgb(image) for image in _flatten(images)]
+            if not images:
+                raise ValueError("images is an empty list: give at least one image, or leave it out.")
+        if text is not None and len(text) == 0 and not isinstance(text, str):
+            raise ValueError("text is an empty list: give at least one caption, or leave it out.")
         if concept_char_spans is None:
             return super().__call__(images=images, text=text, **kwargs)
         if text is None:
             raise ValueError("concept_char_spans came without text: give the captions they stand in.")
         if isinstance(text, str):
             text, concept_char_spans = [text], [concept_char_spans]
-        _check_char_spans(text, concept_char_spans)
+        concept_char_spans = _checked_char_spans(text, concept_char_spans)
         wants_offsets = kwargs.pop("return_offsets_mapping", False)
         features = super().__call__(images=images, text=text, return_offsets_mapping=True, **kwargs)
-        offsets = np.asarray(features["offset_mapping"] if wants_offsets else features.pop("offset_mapping"))
+        offsets = features["offset_mapping"] if wants_offsets else features.pop("offset_mapping")
         token_spans, mask = token_spans_of_concepts(text, offsets, concept_char_spans)
         as_tensors = isinstance(features["input_ids"], torch.Tensor)
         features["concept_token_spans"] = torch.from_numpy(token_spans) if as_tensors else token_spans
@@ -110,7 +115,7 @@ class ConceptCLIPProcessor(ProcessorMixin):
 
 
 def token_spans_of_concepts(
-    captions: Sequence[str], offsets: np.ndarray, concept_char_spans: Sequence[Sequence[CharSpan]]
+    captions: Sequence[str], offsets: Sequence[Any], concept_char_spans: Sequence[Sequence[CharSpan]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token spans (B, C, 2) int64 of character spans and the mask (B, C) bool of those that are whole.
 
@@ -119,14 +124,14 @@ def token_spans_of_concepts(
 
     Args:
         captions: B raw captions.
-        offsets (B, T, 2): [start, end) characters of each token, [0, 0) for special tokens.
+        offsets (B, T, 2): [start, end) characters of each token, [0, 0) for special tokens; T may differ by caption.
         concept_char_spans: per caption its (start, end) pairs.
     """
     num_concepts = max([1, *(len(spans) for spans in concept_char_spans)])
     token_spans = np.zeros((len(captions), num_concepts, 2), dtype=np.int64)
     mask = np.zeros((len(captions), num_concepts), dtype=bool)
     for row, (caption, spans) in enumerate(zip(captions, concept_char_spans, strict=True)):
-        starts, ends = offsets[row].T
+        starts, ends = np.asarray(offsets[row], dtype=np.int64).reshape(-1, 2).T
         is_word = ends > starts
         kept_start, kept_end = (starts[is_word].min(), ends.max()) if is_word.any() else (0, 0)
         for place, (start, end) in enumerate(spans):
@@ -155,7 +160,7 @@ def to_rgb(image: Any) -> Image.Image:
         ValueError: where it cannot be read, has no pixels, or so many that it may be an attack; it names the file.
     """
     if isinstance(image, (np.ndarray, torch.Tensor)):
-        return _array_to_rgb(np.asarray(image.detach().cpu()) if isinstance(image, torch.Tensor) else image)
+        return _array_to_rgb(_tensor_to_array(image) if isinstance(image, torch.Tensor) else image)
     opened, name = _open(image)
     if opened.width == 0 or opened.height == 0:
         raise ValueError(f"{name} has no pixels: its size is {opened.width} x {opened.height}.")
@@ -227,7 +232,14 @@ def _pil_to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
+def _tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # which NumPy does not know
+    return tensor.detach().cpu().numpy()
+
+
 def _array_to_rgb(array: np.ndarray) -> Image.Image:
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"An image array should hold numbers, got {array.dtype}.")
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise ValueError(f"An image array should be (H, W), (H, W, channels) or (channels, H, W), got {array.shape}.")
     levels = _to_8_bit(array)
@@ -275,18 +287,26 @@ def _flatten(images: Any) -> list[Any]:
     return [images]
 
 
-def _check_char_spans(captions: Sequence[str], concept_char_spans: Sequence[Any]) -> None:
+def _checked_char_spans(captions: Sequence[str], concept_char_spans: Sequence[Any]) -> list[list[CharSpan]]:
+    """The spans as pairs of integers, one list a caption; raises where they are none or lie outside their caption."""
     if len(captions) != len(concept_char_spans):
         raise ValueError(
             f"concept_char_spans needs one list a caption, got {len(concept_char_spans)} lists for "
             f"{len(captions)} captions."
         )
+    checked = []
     for row, (caption, spans) in enumerate(zip(captions, concept_char_spans, strict=True)):
-        for start, end in spans:
+        try:
+            pairs = [(operator.index(start), operator.index(end)) for start, end in spans]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Caption {row} needs a list of (start, end) integers, got {spans!r}.") from error
+        for start, end in pairs:
             if not 0 <= start <= end <= len(caption):
                 raise ValueError(
                     f"Caption {row} has {len(caption)} characters, but a concept is said to stand at [{start}, {end})."
                 )
+        checked.append(pairs)
+    return checked
 
 
 __all__ = ["ConceptCLIPProcessor", "to_rgb"]

@@ -39,7 +39,7 @@ class FVLMImageProcessor(BaseImageProcessor):
         do_pad: pad; without it the sizes must fit already.
         **kwargs: what the base class keeps.
 
-    Example:
+    Examples:
         >>> processor = FVLMImageProcessor()
         >>> inputs = processor(volume_hu, anatomy_mask=mask, spacing_mm_dhw=(3, 1, 1), orientation="LPS")
         >>> inputs["pixel_values"].shape
@@ -81,6 +81,7 @@ class FVLMImageProcessor(BaseImageProcessor):
         self.do_crop = do_crop
         self.do_window = do_window
         self.do_pad = do_pad
+        self._check_contract()
 
     def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
         """Model inputs of one volume or a list of volumes: see `preprocess`."""
@@ -138,6 +139,15 @@ class FVLMImageProcessor(BaseImageProcessor):
         if do_pad:
             pairs = [(self._padded(volume), None if mask is None else self._padded(mask)) for volume, mask in pairs]
         return self._batch(pairs, return_tensors)
+
+    def _check_contract(self) -> None:
+        for name in ("spacing_mm_dhw", "size_dhw", "patch_size_dhw", "crop_margin_dhw"):
+            values = getattr(self, name)
+            lowest = min(values, default=-1)
+            if len(values) != 3 or lowest < 0 or (lowest == 0 and name != "crop_margin_dhw"):
+                raise ValueError(f"{name} holds a positive number for depth, height and width each, but {values} came.")
+        if not self.anatomies or len(set(self.anatomies)) < len(self.anatomies):
+            raise ValueError(f"anatomies must be distinct names, at least one, but {self.anatomies} came.")
 
     def _check_orientation(self, orientation: str | None) -> None:
         if orientation is not None and orientation != self.orientation:
@@ -283,6 +293,7 @@ def _as_list(arrays: Any, name: str) -> list[np.ndarray]:
         if isinstance(array, list | tuple):
             flat += _as_list(array, name)
         elif isinstance(array, torch.Tensor):
+            array = array.float() if array.dtype == torch.bfloat16 else array  # which NumPy does not know
             flat.append(array.detach().cpu().numpy())
         elif isinstance(array, np.ndarray):
             flat.append(array)

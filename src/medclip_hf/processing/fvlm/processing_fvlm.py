@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers.image_processing_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import ProcessorMixin, TextKwargs
 
 from .image_processing_fvlm import FVLMImageProcessor
 
@@ -21,7 +21,7 @@ class FVLMProcessor(ProcessorMixin):
         image_processor: see `FVLMImageProcessor`; it keeps the contract on orientation, spacing and unit.
         tokenizer: of the text tower.
 
-    Example:
+    Examples:
         >>> processor = FVLMProcessor.from_pretrained("my-fvlm")
         >>> inputs = processor(
         ...     images=[volume_hu],
@@ -51,17 +51,23 @@ class FVLMProcessor(ProcessorMixin):
 
         Args:
             images: a volume (D, H, W) in Hounsfield units or a list of volumes: see `FVLMImageProcessor.preprocess`.
-            text: prompts, or one mapping from anatomy to text for each volume.
+            text: prompts, or one mapping from anatomy to text for each volume (a single one for a single volume).
             anatomy_mask: a mask (D, H, W) of integer ids, or a list of masks.
             return_tensors: "pt" or "np".
             **kwargs: what the image processor takes (`spacing_mm_dhw`, `orientation`, `do_crop`, `do_window`,
                 `do_pad`), and what the tokenizer takes (defaults: `padding=True, truncation=True, max_length=384`).
 
         Raises:
-            ValueError: nothing came, a volume or mask cannot be used, an anatomy is unknown, or there is no text.
+            ValueError: nothing came, a volume or mask cannot be used, an anatomy or an argument is unknown, or there is
+                no text.
         """
         if images is None and text is None:
             raise ValueError("Neither images nor text came; give volumes, texts or both.")
+        if images is None and anatomy_mask is not None:
+            raise ValueError("anatomy_mask came without images: give the volumes it belongs to.")
+        # A misspelt `orientation` must not pass for one that was checked.
+        if unknown := sorted(set(kwargs) - set(_IMAGE_ARGUMENTS) - set(TextKwargs.__annotations__)):
+            raise ValueError(f"Neither the image processor nor the tokenizer knows {', '.join(unknown)}.")
         image_arguments = {name: kwargs.pop(name) for name in _IMAGE_ARGUMENTS if name in kwargs}
         features: dict[str, Any] = {}
         if images is not None:
@@ -87,10 +93,14 @@ class FVLMProcessor(ProcessorMixin):
     ) -> dict[str, Any]:
         """Encoded texts, and for mappings the places of the texts."""
         defaults = {"padding": True, "truncation": True, "max_length": MAX_TEXT_LENGTH, "return_token_type_ids": False}
-        texts = [text] if isinstance(text, str) else list(text)
+        texts: Any = [text] if isinstance(text, str | Mapping) else text
+        if not isinstance(texts, Sequence) or not all(isinstance(entry, str | Mapping) for entry in texts):
+            raise ValueError(
+                f"text should be a string, a mapping from anatomy to text or a list of such, got {text!r}."
+            )
         places: dict[str, Any] = {}
         if any(isinstance(entry, Mapping) for entry in texts):
-            texts, text_index = index_texts(texts, self.image_processor.anatomies)  # type: ignore[arg-type]
+            texts, text_index = index_texts(texts, self.image_processor.anatomies)
             places = {
                 "text_index": torch.tensor(text_index, dtype=torch.int64),
                 "text_ids": torch.tensor([text_id(entry) for entry in texts], dtype=torch.int64),
@@ -116,7 +126,7 @@ def index_texts(texts: Sequence[Mapping[str, str]], anatomies: Sequence[str]) ->
         anatomies: names and order of the columns.
 
     Raises:
-        ValueError: an entry is no mapping, or names an unknown anatomy.
+        ValueError: an entry is no mapping from names to strings, or names an unknown anatomy.
     """
     rows: dict[str, int] = {}
     text_index = []
@@ -128,6 +138,8 @@ def index_texts(texts: Sequence[Mapping[str, str]], anatomies: Sequence[str]) ->
         unknown = sorted(set(entry) - set(anatomies))
         if unknown:
             raise ValueError(f"text[{place}] names the anatomies {unknown}; the model knows {list(anatomies)}.")
+        if wrong := [anatomy for anatomy, value in entry.items() if not isinstance(value, str)]:
+            raise ValueError(f"text[{place}] holds {entry[wrong[0]]!r} for {wrong[0]}; leave out what has no text.")
         stripped = [entry.get(anatomy, "").strip() for anatomy in anatomies]
         text_index.append([rows.setdefault(text, len(rows)) if text else -1 for text in stripped])
     return list(rows), text_index
