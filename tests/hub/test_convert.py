@@ -300,6 +300,17 @@ def test_a_text_tower_that_brings_code_is_read_without_it_and_leaves_no_trace(tm
         assert str(tmp_path) not in path.read_text(), path  # paths of this disk stay here
 
 
+def test_towers_of_another_kind_are_refused(tmp_path, bert):
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
+    for architecture in ("conceptclip", "fvlm"):
+        with pytest.raises(ValueError, match="is of type 'roberta'; expected bert or cxr-bert"):
+            convert_towers(tmp_path / "out", architecture=architecture, vision=tmp_path / "siglip", text=bert)
+    (bert / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is of type 'bert'; expected siglip or siglip_vision_model"):
+        convert_towers(tmp_path / "out", architecture="conceptclip", vision=bert, text=bert)
+
+
 def test_the_same_towers_give_the_same_start(tmp_path, bert):
     sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
     SiglipTower(SiglipVisionConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "siglip")

@@ -22,7 +22,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import BertTokenizer, PreTrainedModel
+from transformers import BertTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from medclip_hf.hub import convert_conceptclip, convert_fvlm
@@ -57,6 +57,8 @@ PUBLISHED_TOKENIZERS: dict[Architecture, str] = {
     "conceptclip": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext",
     "fvlm": "microsoft/BiomedVLP-CXR-BERT-specialized",
 }
+_TEXT_TOWERS = ("bert", "cxr-bert")
+_VISION_TOWERS = ("siglip", "siglip_vision_model")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 _PIECE = 2**22  # bytes read at once
 _MAX_UNKNOWN_SHARE = 0.1  # of the text tower's vocabulary that the tokenizer may lack: padding to round numbers
@@ -130,6 +132,9 @@ def convert_towers(
         ValueError: a tower is incomplete or does not fit.
     """
     check_fields(ConceptCLIPConfig if architecture == "conceptclip" else FVLMConfig, config)
+    _check_type(text, _TEXT_TOWERS)
+    if architecture == "conceptclip":
+        _check_type(vision, _VISION_TOWERS)
     torch.manual_seed(0)  # what the towers do not hold starts from here: the same folder from the same towers
     if architecture == "conceptclip":
         values = dict(config or {})
@@ -158,6 +163,13 @@ def convert_towers(
         _write_json(partial / REPORT_NAME, report)
         _write_json(partial / CHECK_NAME, check_folder(partial))
     return report
+
+
+def _check_type(tower: str | Path, known: tuple[str, ...]) -> None:
+    """Refuse a tower of another kind: of RoBERTa every weight would find a place in a BERT, and mean something else."""
+    values, _ = PreTrainedConfig.get_config_dict(tower)
+    if values.get("model_type") not in known:
+        raise ValueError(f"{tower} is of type {values.get('model_type')!r}; expected {' or '.join(known)}.")
 
 
 def _conceptclip_from_towers(vision: str | Path, text: str | Path, values: dict[str, Any]) -> ConceptCLIPModel:

@@ -5,6 +5,7 @@ accounted for: converted, dropped with a reason, or an error.
 """
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -270,9 +271,9 @@ def initialize_from_mae(
 
 def _inflate_positions(positions: Tensor, grid_size_dhw: tuple[int, int, int]) -> Tensor:
     """(1, 1 + n * n, hidden) positions of a square image -> (1, d * h * w, hidden), alike at every depth."""
-    side = round((positions.shape[1] - 1) ** 0.5)
-    if side * side != positions.shape[1] - 1:
-        raise ValueError(f"pos_embed holds {positions.shape[1]} positions; a square grid and one [CLS] are needed.")
+    side = math.isqrt(max(0, positions.shape[1] - 1)) if positions.ndim == 3 else 0
+    if side == 0 or side * side != positions.shape[1] - 1:
+        raise ValueError(f"pos_embed has shape {tuple(positions.shape)}; a square grid and one [CLS] are needed.")
     depth, height, width = grid_size_dhw
     grid = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid.float(), size=(height, width), mode="bilinear", align_corners=False)
