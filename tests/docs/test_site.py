@@ -1,9 +1,12 @@
 """The docs site builds without a warning, and its pages speak of files and code that exist."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from functools import cache
+from pathlib import Path
 
 import pytest
 import yaml
@@ -61,3 +64,54 @@ def test_every_recipe_is_in_the_table_of_recipes(repository):
     page = (repository / "docs" / "recipes.md").read_text(encoding="utf-8")
     recipes = {path.name for path in (repository / "scripts" / "recipes").glob("*.yaml")}
     assert recipes == set(re.findall(r"`(\w+\.yaml)`", page))
+
+
+COMMAND = re.compile(
+    r"(?:(?P<script>(?:scripts|benchmarks|examples|app)/\w+\.py)|^\s*(?P<tool>medclip-hf) \w+)(?P<rest>.*)"
+)
+FLAG = re.compile(r"(?<=\s)--[a-z][\w-]*")
+
+
+def commands(text):
+    """(script or tool, its flags) of each command line that a page shows in a code block."""
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+        found = COMMAND.search(line)
+        if found and (line.startswith("    ") or re.match(r"(python|accelerate|medclip-hf|[A-Z_]+=)", line)):
+            arguments = found["rest"].split(" #")[0].split("|")[0]
+            yield found["script"] or "src/medclip_hf/cli/main.py", FLAG.findall(arguments)
+
+
+def flags_of(repository, script):
+    """A pattern of every flag that a script, or a module that it imports from, writes down."""
+    tree = ast.parse((repository / script).read_text(encoding="utf-8"))
+    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    rooms = (repository / "src", (repository / script).parent)
+    paths = [room / (module.replace(".", "/") + ".py") for module in modules for room in rooms]
+    return re.compile("|".join({"--help"}.union(*map(flags_in, [repository / script, *filter(Path.is_file, paths)]))))
+
+
+@cache
+def flags_in(path):
+    """Patterns of the flags that a file writes down."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):  # f"--{name}-column"
+            parts = [part.value if isinstance(part, ast.Constant) else None for part in node.values]
+        elif isinstance(node, ast.arg) and "cli" in path.parts:  # Typer names a flag after its argument
+            parts = ["--", node.arg.replace("_", "-")]
+        else:
+            parts = [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else [None]
+        if (parts[0] or "").startswith("--"):
+            found.add("".join(".+" if part is None else re.escape(part) for part in parts))
+    return found
+
+
+def test_every_flag_that_the_docs_show_exists(repository):
+    shown = {}
+    for page in [*pages(repository), *(repository / "model_cards").glob("*.md"), repository / "README.md"]:
+        for script, flags in commands(page.read_text(encoding="utf-8")):
+            shown.setdefault(script, {}).update(dict.fromkeys(flags, page.name))
+    assert len(shown) > 20
+    for script, flags in shown.items():
+        known = flags_of(repository, script)
+        assert not [f"{flag} of {script} in {page}" for flag, page in flags.items() if not known.fullmatch(flag)]

@@ -1,8 +1,10 @@
-"""The three examples run from end to end, on small models that have learned nothing."""
+"""Examples and guides run from end to end, on small models that have learned nothing."""
 
+import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from medclip_hf import (
     FVLMModel,
     FVLMProcessor,
 )
+from medclip_hf.evaluation.task_data import read_task_data
+from medclip_hf.evaluation.tasks import read_task
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.,-"]
 WORDS += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
@@ -99,6 +103,35 @@ def test_a_mistake_of_the_caller_is_one_sentence(repository, conceptclip, fvlm, 
     model = fvlm if name == "ct_scoring.py" else conceptclip
     assert run(repository, name, "--model", model, *words) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/journeys.md"])
+def test_python_of_the_guides_runs_on_what_the_examples_draw(
+    repository, conceptclip, fvlm, page, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(repository, "draw_inputs.py", "--num-films", 2, "--num-figures", 2) == 0
+    for folder, model in (("conceptclip/stage2", conceptclip), ("fvlm/per_anatomy_calibrated", fvlm)):
+        Path("demo_output", folder).mkdir(parents=True)
+        Path("demo_output", folder, "final").symlink_to(model)
+    known: dict = {}
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (repository / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert blocks
+    for block in blocks:
+        exec(block, known)
+    assert capsys.readouterr().out.count("\n") > 2
+
+
+def test_the_drawn_benchmark_and_hospital_are_whole(repository, tmp_path):
+    assert run(repository, "draw_inputs.py", "--output", tmp_path, "--num-films", 4, "--num-figures", 3) == 0
+    films = (tmp_path / "hospital" / "films.csv").read_text(encoding="utf-8").splitlines()
+    assert films[0] == "path,patient_id,report,nodule,cyst"
+    assert len(films) == 5
+    assert all((tmp_path / "hospital" / line.split(",")[0]).is_file() for line in films[1:])
+    benchmark = read_task(tmp_path / "benchmark" / "task.json")
+    assert read_task_data(benchmark, tmp_path / "benchmark").counts["in use"] == 3
 
 
 def run_python_here(monkeypatch):
