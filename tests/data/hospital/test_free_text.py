@@ -167,6 +167,7 @@ def test_a_name_of_two_letters_goes_where_it_is_written_as_one():
         ("Dr. Abd al-Rahman ibn Khalid; Nguyễn Văn An, MD", "Rahman Khalid Nguyễn Văn"),
         ("Signed, P. Kowalski-Nowak. Attending: Smith / Resident: Jones", "Kowalski Nowak Smith Jones"),
         ("Herr Dr. med. Öztürk, Rücksprache mit Huber, Tochter Lisa", "Öztürk Huber Lisa"),
+        ("Board by Okonkwo. Her daughter-in-law Precious Mbeki, attn Stavros Mikro", "Okonkwo Mbeki Stavros Mikro"),
         ("Compte rendu signé par Lefèvre. Firmado por Muñoz. Dhr. Jansen", "Lefèvre Muñoz Jansen"),
         ("dr. meier agrees. Name: müller, hans", "meier müller hans"),
         ("Jane Doe is a 45-year-old woman. Harper JS, FRCR. Signed: 王小明", "Jane Doe Harper 小明"),

@@ -28,11 +28,11 @@ _NAME = re.compile(
 )
 _AND = re.compile(r"[ \t]*(?:,|/|&|;|\b(?:and|und|et|y|e|en|or|oder)\b)[ \t]*(?:and[ \t]+)?")
 _TITLE = (
-    r"(?:Mr|Mrs|Ms|Miss|Mx|Drs?|Dra|DR|Prof|Profa|PROF|Professor(?:in)?|Doctora?|Doktor|Herrn?|Frau|Hrn?|Mme|"
-    r"Mlle|Monsieur|Madame|Sig(?:\.ra|\.na)?|Signora?|Dott(?:\.ssa|or|oressa)?|Sr(?:a|ta)?|Señor(?:a|ita)?|Doña|Dhr|"
+    r"(?:Mr|Mrs|Ms|Miss|Mx|Drs?|Dra|DR|Prof|Profa|PROF|Professor(?:in)?|Doctora?|Doktor|Herrn?|Frau|Hrn?|Mme|Mlle|"
+    r"Monsieur|Madame|Sig(?:\.ra|\.na)?|Signora?|Dott(?:\.ssa|or|oressa)?|Sr(?:a|ta)?|Señor(?:a|ita)?|Doña|Dhr|"
     r"Mevr?|Mw|Pani|Sister|Nurse|Schwester|Pfleger|Oberarzt|Oberärztin|Chefarzt|Chefärztin|Assistenzarzt|"
-    r"Assistenzärztin|Facharzt|Hausarzt|Hausärztin|Kolleg(?:en?|in)|HERRN?|FRAU)\b\.?|(?:MR|MRS|MS|Fr)\.|\b(?:dhr|mevr|"
-    r"mw)\."
+    r"Assistenzärztin|Facharzt|Hausarzt|Hausärztin|Kolleg(?:en?|in)|HERRN?|FRAU)\b\.?|(?:MR|MRS|MS|Fr)\.|\b(?:dhr|"
+    r"mevr|mw)\."
 )
 _TITLE_TAIL = r"(?:(?:med|dent|Dr|Prof|habil|h\.c|phil|rer|nat)\b\.?[ \t]*){0,5}"
 _ROLE = (
@@ -41,13 +41,13 @@ _ROLE = (
     r"pulmonologist|urologist|gyna?ecologist|pa?ediatrician|consultant|registrar|ana?esthesi(?:ologist|st)|provider|"
     r"clinician|therapist|colleague|transcriptionist|secretary|befunder(?:in)?|zuweiser(?:in)?|überweiser(?:in)?|"
     r"einsender(?:in)?|radiolog(?:e|in|ue|o|a)|radioloog|chirurg(?:in|ien)?|ärztin|arzt|mtra|médecin|m[ée]dic[oa]|"
-    r"arts|cirujan[oa])"
+    r"(?:huis)?arts|cirujan[oa]|paramedic|praxis)"
 )
 _BY = (
     r"(?:seen|read|reported|dictated|reviewed|interpreted|(?:electronically[ \t]+|co-?)?signed|approved|verified|"
     r"confirmed|performed|transcribed|requested|referred|examined|evaluated|discussed|ordered|asked|prepared|"
     r"authenticated|finali[sz]ed|released|validated|edited|scanned|notified|authori[sz]ed|entered|typed|supervised|"
-    r"attended|assisted|operated|treated|admitted|accompanied|called|paged|informed|managed)(?:[ \t]+(?:on|"
+    r"attended|assisted|board|operated|treated|admitted|accompanied|called|paged|informed|managed)(?:[ \t]+(?:on|"
     r"off))?[ \t]+by"
 )
 _WITH = (
@@ -65,8 +65,9 @@ _DIRECT = (
     r"on[ \t]+behalf[ \t]+of|signature)"
 )
 _LABEL = (
-    r"(?:cc|bcc|attn|attention|from|to|dictated|reported|signed|gezeichnet|gez\.|unterzeichnet|interpreted|"
-    r"referring(?:[ \t]+(?:physician|doctor|md))?|ordering(?:[ \t]+(?:physician|provider))?|author|reader)"
+    r"(?:cc|bcc|attn|(?:preliminary|final)[ \t]+read|dictating|dictator|attention|from|to|dictated|reported|signed|"
+    r"gezeichnet|gez\.|unterzeichnet|interpreted|referring(?:[ \t]+(?:physician|doctor|md))?|"
+    r"ordering(?:[ \t]+(?:physician|provider))?|author|reader)"
 )
 _OTHER_LANGUAGES = (
     r"(?:vidiert|befundet|diktiert|gezeichnet|unterschrieben|freigegeben|überwiesen|gesehen|"
@@ -94,12 +95,12 @@ _BETWEEN = r"[ \t]*[:\-–,]?[ \t]*"
 _SIGNS = (
     (re.compile(rf"\b(?:{_TITLE})[ \t]*{_TITLE_TAIL}"), True),
     (re.compile(rf"\b(?i:{_NAME_OF})[ \t]*(?:[:=]|\bis\b)?[ \t]*"), True),
-    (re.compile(r"\b(?i:patient(?:in)?|pat\.|pt\.?|paciente)[ \t]*[:=,]?[ \t]*"), False),
+    (re.compile(r"\b(?i:patient(?:in)?|pat\.|pt\.?|paciente|pacjentk?a?|hasta|attn)[ \t]*[:=,]?[ \t]*"), False),
     (re.compile(rf"\b(?i:{_ROLE})(?:[ \t]*/)?{_BETWEEN}"), False),
     (re.compile(rf"\b(?i:{_BY}|{_WITH}|{_TO}|{_DIRECT}|"
                 rf"{_OTHER_LANGUAGES}){_BETWEEN}(?:(?i:the)[ \t]+(?i:{_ROLE}),?[ \t]+)?"), False),
     (re.compile(rf"\b(?i:{_LABEL})[ \t]*[:,][ \t]*"), False),
-    (re.compile(rf"\b(?i:{_RELATION})[ \t]*[,:]?[ \t]*(?:(?:named|called|namens|is)[ \t]+)?"), False),
+    (re.compile(rf"\b(?i:{_RELATION}(?:[ -]in[ -]law)?)[ \t]*[,:]?[ \t]*(?:(?:named|called|namens|is)[ \t]+)?"), False),
 )  # fmt: skip
 _CREDENTIAL = r"(?:MD|M\.D\.|D\.O\.|PhD|Ph\.D\.|FRCR|FRCPC|FACR|RN|MBBS|MBChB|DDS|PA-C|APRN|CRNP)(?!\w)"
 _PATTERNS = (
@@ -108,6 +109,7 @@ _PATTERNS = (
                rf"pt)\b\.?)[ \t]*(?P<it>(?:{CAPITAL}\.[ \t]?){{1,3}})(?!\w)"),
     # Behind a title in small letters, or a label, the name may be in small letters as well.
     re.compile(r"\b(?:dr|prof|mrs|herr|herrn)\b\.?[ \t]+(?P<it>[^\W\d_][\w'’-]{2,38})"),
+    re.compile(rf"\b(?i:{_BY})[ \t]*:[ \t]*(?P<it>[^\W\d_][\w.'’-]{{1,38}})"),
     re.compile(rf"\b(?i:{_NAME_OF})[ \t]*[:=][ \t]*(?P<it>[^\W\d_][\w'’-]{{1,38}}(?:,[ \t]*[^\W\d_][\w'’-]{{1,38}})?)"),
     re.compile(r"\b(?i:patient(?:in)?|pat\.|paciente)[ \t]*[:=][ \t]*"
                r"(?P<it>[^\W\d_][\w'’-]{2,38}[ \t,]+[^\W\d_][\w'’-]{2,38})(?=[ \t]*(?:$|[,;.(\n]|\d))"),

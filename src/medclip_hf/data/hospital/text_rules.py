@@ -184,6 +184,8 @@ _RULES = (
         r"(?:Medical|Imaging|Health|Cancer|Radiology)[ \t]+"
         r"(?:Cent(?:er|re)|System|Group|Institute|Network|Trust))\b(?:[ \t]+of[ \t]+\w+)?",
     ),
+    _rule("INSTITUTION", rf"(?!In\b){NAME_WORD}[ \t]+(?:General|Memorial|Infirmary)(?=[,.;)]|[ \t]*$)"),
+    _rule("INSTITUTION", rf"\b(?:St|Saint|Sankt)\.?[ \t]+{CAPITAL}[\w-]{{2,38}}['’]s?(?!\w)"),
     _rule(
         "INSTITUTION",
         rf"\b(?:University[ \t]+of|Universitäts(?:klinikum|klinik|spital|medizin)|Klinikum|Klinik|Krankenhaus|"
