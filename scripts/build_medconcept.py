@@ -40,7 +40,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
 
 
 def main(command_line: list[str] | None = None) -> int:
-    """Build the data set and print what came of it; 0 if figures were kept, 1 if none, 2 for an error."""
+    """Build the data set, print what came of it; 0 if figures were kept, 1 if none, 2 for an error, 130 if stopped."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = parse_arguments(command_line)
     try:
@@ -52,6 +52,9 @@ def main(command_line: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run again to go on from here\n")
+        return 130
     print_report(report, settings)
     return 0 if report.tally.kept else 1
 

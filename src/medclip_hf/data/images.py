@@ -46,8 +46,8 @@ def path_inside(folder: Path, relative: str) -> Path:
     path = folder / relative
     try:
         stays = path.resolve().is_relative_to(folder.resolve())
-    except OSError as error:  # a name that is too long, a loop of links
-        raise UnreadableImage("image missing", f"{relative[:200]!r}: {error.strerror}") from error
+    except (OSError, UnicodeEncodeError) as error:  # a name that is too long, a loop of links, half a surrogate pair
+        raise UnreadableImage("image missing", f"{relative[:200]!r}: {error}") from error
     if not stays:
         raise outside
     return path

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from medclip_hf.data.articles.bucket import BucketStore, RetryRules
+from medclip_hf.data.articles.jats import UnreadableArticle
 from medclip_hf.data.articles.pmc import ArticleSource, open_store
 from medclip_hf.data.articles.stores import ArticleRef, Graphics
 from medclip_hf.data.images import UnreadableImage
@@ -146,6 +147,12 @@ def test_the_metadata_file_goes_before_the_xml(folder):
 def test_a_broken_metadata_file_drops_the_article(folder, content):
     (folder / "PMC9000001.1" / "PMC9000001.1.json").write_text(content)
     assert read_all(folder_source(folder))[1]["PMC9000001.1"] == "article metadata broken"
+
+
+@pytest.mark.parametrize("value", [True, "true", 1])
+def test_a_retraction_in_the_metadata_counts_however_it_is_written(folder, value):
+    (folder / "PMC9000001.1" / "PMC9000001.1.json").write_text(json.dumps({"is_retracted": value}))
+    assert read_all(folder_source(folder))[1]["PMC9000001.1"] == "article retracted"
 
 
 def test_a_misspelled_licence_is_an_error(folder):
@@ -464,6 +471,13 @@ def test_media_of_another_folder_are_not_fetched(tmp_path):
     urls = ["s3://pmc-oa-opendata/PMC5.1/drawn-9000001-g002.jpg", "s3://x/PMC9000001.1/..%2F..%2Fsecret.jpg"]
     write_bucket(tmp_path, {"PMC9000001.1": {"PMC9000001.1.xml": ARTICLE}}, {"media_urls": urls})
     assert bucket(tmp_path).read_article(ArticleRef("PMC9000001.1", "PMC9000001.1")).open_graphic.names == ()
+
+
+@pytest.mark.parametrize("urls", [5, ["http://[bad/PMC9000001.1/a.jpg"]])
+def test_metadata_of_another_shape_drop_the_article(tmp_path, urls):
+    write_bucket(tmp_path, {"PMC9000001.1": {"PMC9000001.1.xml": ARTICLE}}, {"media_urls": urls})
+    with pytest.raises(UnreadableArticle, match="article metadata broken"):
+        bucket(tmp_path).read_article(ArticleRef("PMC9000001.1", "PMC9000001.1"))
 
 
 def test_a_bucket_without_inventory_is_an_error(tmp_path):

@@ -123,8 +123,11 @@ class BucketStore:
         values, metadata = json_object(content), ArticleMetadata.from_json(content)
         if check:
             check(metadata)
-        media = dict(_file_and_md5(str(address), name) for address in values.get("media_urls") or ())
-        _, xml_md5 = _file_and_md5(str(values.get("xml_url") or ""), name)
+        try:
+            media = dict(_file_and_md5(str(address), name) for address in values.get("media_urls") or ())
+            _, xml_md5 = _file_and_md5(str(values.get("xml_url") or ""), name)
+        except (TypeError, ValueError) as error:
+            raise UnreadableArticle("article metadata broken", f"{name}: {error}") from error
         xml = self._article_file(f"{name}/{name}.xml", xml_md5, MAX_XML_BYTES)
         media.pop("", None)
         return ArticleFiles(xml, Graphics(media, lambda file: self._picture(f"{name}/{file}", media[file])), metadata)

@@ -57,7 +57,7 @@ class ArticleMetadata:
         values = json_object(content)
         return cls(
             license=str(values.get("license_code") or ""),
-            is_retracted=values.get("is_retracted") is True,
+            is_retracted=str(values.get("is_retracted")).lower() in ("true", "1", "yes"),
             pmid=str(values.get("pmid") or ""),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from medclip_hf.data.stages import Drop
 Item = dict[str, Any]  # of plain values: the list of items is kept as JSON lines
 
 IMAGE_KEYS = ("image", "image_path", "file_name", "filename")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 CAPTION_KEYS = ("caption", "text", "fig_caption")
 TEXT_FIELDS = {
     "pmcid": ("pmcid", "pmc"),
@@ -133,28 +134,50 @@ class TableSource:
 
     def _lines(self) -> Iterator[tuple[Any, dict[str, int]]]:
         """Each line as plain values, and where its image is stored, if it is."""
-        if self.path.suffix == ".parquet":
+        suffix = self.path.suffix.lower()
+        if suffix == ".parquet":
             yield from self._parquet_lines()
-        elif self.path.suffix in (".csv", ".tsv"):
-            csv.field_size_limit(MAX_LINE_BYTES)
-            with self.path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-                lines = csv.DictReader(file, delimiter="\t" if self.path.suffix == ".tsv" else ",")
-                while True:
-                    try:
-                        yield next(lines), {}
-                    except StopIteration:
-                        return
-                    except csv.Error as error:
-                        yield str(error), {}
-        else:
+        elif suffix in (".csv", ".tsv"):
+            yield from ((line, {}) for line in self._csv_lines("\t" if suffix == ".tsv" else ","))
+        elif suffix in JSON_SUFFIXES:
             for line in iter_lines(self.path):
                 yield _json_or_text(line.content), {}
+        else:
+            raise ValueError(
+                f"{self.path} is no table: .csv, .tsv, .parquet or {', '.join(JSON_SUFFIXES)} (JSON lines)"
+            )
+
+    def _csv_lines(self, delimiter: str) -> Iterator[Any]:
+        csv.field_size_limit(MAX_LINE_BYTES)
+        with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            lines = csv.DictReader(file, delimiter=delimiter)
+            self._require_columns(lines.fieldnames or ())
+            while True:
+                try:
+                    line = next(lines)
+                    "".join(value for value in line.values() if isinstance(value, str)).encode()
+                    yield line
+                except StopIteration:
+                    return
+                except (csv.Error, UnicodeEncodeError) as error:
+                    yield "not UTF-8" if isinstance(error, UnicodeEncodeError) else str(error)
+
+    def _require_columns(self, names: Sequence[str]) -> None:
+        for keys in (IMAGE_KEYS, CAPTION_KEYS):
+            if not set(keys) & set(names):
+                have = ", ".join(repr(name[:50]) for name in names[:20])
+                raise ValueError(f"{self.path} has no column {' or '.join(map(repr, keys))}; it has {have or 'none'}")
 
     def _parquet_lines(self) -> Iterator[tuple[Any, dict[str, int]]]:
-        with pq.ParquetFile(self.path) as file:
+        try:
+            opened = pq.ParquetFile(self.path)
+        except pa.ArrowException as error:
+            raise ValueError(f"{self.path} cannot be read: {error}") from error
+        with opened as file:
             schema = file.schema_arrow
             has_images = bool(_image_columns(schema))
             columns = [field.name for field in schema if _is_plain(field.type)]
+            self._require_columns([*columns, *_image_columns(schema)])
             for row_group in range(file.num_row_groups):
                 place = 0
                 for batch in file.iter_batches(1000, [row_group], columns=columns):
@@ -165,11 +188,15 @@ class TableSource:
 
 def _image_columns(schema: pa.Schema) -> list[str]:
     """The column that stores images, as `datasets` does (bytes and path) or as bytes alone; none where paths stand."""
-    return [name for name in IMAGE_KEYS if name in schema.names and not _is_plain(schema.field(name).type)][:1]
+    stored = (pa.types.is_struct, pa.types.is_binary, pa.types.is_large_binary)
+    names = [name for name in IMAGE_KEYS if name in schema.names]
+    return [name for name in names if any(is_of(schema.field(name).type) for is_of in stored)][:1]
 
 
 def _is_plain(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_integer)
+    return any(is_of(kind) for is_of in texts)
 
 
 def _json_or_text(content: bytes | None) -> Any:
