@@ -62,6 +62,13 @@ def test_six_tiles_wrap_into_two_rows_of_three():
     assert abs(wrapped.shape[1] - wide.shape[1]) < 0.1 * wide.shape[1]
 
 
+def test_a_strip_has_tiles_no_wider_than_their_names_need():
+    maps, names = np.random.default_rng(0).random((3, 2, 12)), ["a", "b", "c"]
+    strip = draw_concept_panel(np.zeros((50, 600, 3), np.uint8), maps, names)
+    twice_as_wide = draw_concept_panel(np.zeros((50, 1200, 3), np.uint8), maps, names)
+    assert strip.shape[1] == twice_as_wide.shape[1] < 3000
+
+
 def test_an_outline_is_drawn_on_its_own_tile():
     mask = np.zeros((40, 60), bool)
     mask[10:30, 10:30] = True
@@ -127,6 +134,16 @@ def test_boxes_are_drawn_where_they_lie_and_named_beside():
     changed = np.argwhere((drawn != none).any(axis=2))
     assert len(changed) > 500
     assert changed[:, 1].max() > drawn.shape[1] * 0.65  # the names
+
+
+def test_numbers_of_boxes_at_the_border_stay_on_the_picture():
+    image, boxes = np.zeros((200, 300, 3), np.uint8), [(280, 0, 299, 20)] * 6
+    drawn, named = draw_boxes(image, boxes, ["x"] * 6), draw_boxes(image, boxes[:1], ["x"])
+    is_black = (named < 50).all(axis=2)
+    right = int(is_black[len(named) // 2].nonzero()[0].max())
+    top = int(is_black[:, right - 200].nonzero()[0].min())
+    beside = np.s_[: top + 30, right + 4 :]  # of the names it holds the first alone
+    assert (drawn[beside] == named[beside]).all()
 
 
 def test_boxes_that_cannot_be_drawn_are_refused():

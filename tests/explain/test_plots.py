@@ -76,6 +76,15 @@ def test_a_chart_grows_with_its_rows():
     assert height(40) > 2 * height(10)
 
 
+def test_a_long_legend_is_not_cut_off():
+    curve = roc_curve_band(SCORES, LABELS, num_resamples=0)
+    names = [f"coronary artery wall calcification {k}" for k in range(MAX_CURVES)]  # two lines each
+    drawn = pixels(roc_plot(dict.fromkeys(names, curve)))
+    assert drawn.shape[0] > pixels(roc_plot({"one": curve})).shape[0]
+    edges = np.concatenate([drawn[:8], drawn[-8:]])
+    assert (edges == 255).all()
+
+
 def test_nothing_and_too_much_are_refused():
     band = roc_curve_band(SCORES, LABELS, num_resamples=0)
     for curves in ({}, {str(k): band for k in range(MAX_CURVES + 1)}):

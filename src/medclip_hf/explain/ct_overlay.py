@@ -8,12 +8,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from medclip_hf.explain.overlay import draw_colour_bar, overlay_map
+from medclip_hf.explain.overlay import draw_colour_bar, drawn, overlay_map
 
 Pixels = NDArray[np.uint8]
 
@@ -94,9 +93,7 @@ def draw_ct_finding(
             _outline(tile, _view(finding_mask, axis, place), extent, FINDING_COLOUR, _STYLES[1])
     figure.suptitle(textwrap.fill(finding.headline(), 76), fontsize=11, parse_math=False)
     _legend(figure, finding, finding_mask is not None)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    return drawn(figure)
 
 
 def draw_ct_map(
@@ -151,9 +148,7 @@ def draw_ct_map(
             _letter_sides(tile, axis)
     figure.suptitle(textwrap.fill(title, 100), fontsize=11, parse_math=False)
     draw_colour_bar(figure, list(tiles.flat), (low, high), value_label)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    return drawn(figure)
 
 
 def best_slice(mask: NDArray[np.bool_], axis: int) -> int:

@@ -2,6 +2,7 @@
 
 import io
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ _TILE_INCHES, _DPI, _MAX_COLUMNS = 2.4, 130, 5
 # Okabe and Ito, 2008, without black: told apart by colour-blind readers.
 _BOX_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 _BOXES_INCHES = 5.0
+_MAX_ASPECT = 2.0  # of a tile
+_NEAR = 0.05  # of the picture's width: corners whose numbers would cover each other
 
 Pixels = NDArray[np.uint8]
 
@@ -96,9 +99,7 @@ def draw_concept_panel(
         if mask is not None:
             _draw_outline(tile, np.asarray(mask, dtype=bool), pixels, name)
     draw_colour_bar(figure, tiles, (low, high), value_label)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    return drawn(figure)
 
 
 def draw_boxes(
@@ -135,6 +136,7 @@ def draw_boxes(
     if title:
         figure.suptitle(textwrap.fill(title, 80), fontsize=11, parse_math=False)
     step = min(0.09, 1.0 / max(len(names), 1))
+    corners: list[tuple[int, int]] = []
     for number, ((left, top, right, bottom), name) in enumerate(zip(boxes, names, strict=True), 1):
         colour = _BOX_COLOURS[(number - 1) % len(_BOX_COLOURS)]
         for line_colour, line_width in (("#000000", 3.2), (colour, 1.8)):
@@ -142,24 +144,37 @@ def draw_boxes(
             tile.add_patch(
                 Rectangle((x, y), right - left, bottom - top, fill=False, edgecolor=line_colour, linewidth=line_width)
             )
-        # Side by side along the edge, so that boxes with the same corner keep their numbers.
-        place = (number - 1) % 6 * 16 + 8
+        # Side by side where corners are near, so that each keeps its number; from the corner that is further from the
+        # picture's border, so that they stay on the picture.
+        corner, direction = ((left, top), 1) if left < 0.5 * width else ((right, top), -1)
+        near = [one for one in corners if np.hypot(*np.subtract(one, corner)) < _NEAR * width]
+        corners.append(corner)
+        across = direction * (len(near) * 16 + 8)
+        down = -8 if top < 0.9 * height else 8
         tile.annotate(
-            str(number), (left, top), xytext=(place, -8), textcoords="offset points", **_tag(colour), fontsize=8
+            str(number), corner, xytext=(across, down), textcoords="offset points", **_tag(colour), fontsize=8
         )
         line = 1.0 - (number - 0.5) * step
         legend.text(0.0, line, str(number), transform=legend.transAxes, **_tag(colour), fontsize=9)
         text = textwrap.shorten(name, 44, placeholder=" …")
         legend.text(0.1, line, text, transform=legend.transAxes, va="center", fontsize=9, parse_math=False)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    return drawn(figure)
 
 
 def _tag(colour: str) -> dict[str, Any]:
     """How a box's number is written."""
     frame = {"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "#000000", "linewidth": 0.5}
     return {"ha": "center", "va": "center", "color": "#000000", "bbox": frame}
+
+
+def drawn(figure: Figure) -> Pixels:
+    """A figure as pixels (h, w, 3), uint8."""
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        # A script that the font lacks is drawn as boxes; tables and JSON hold the name.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        canvas.draw()
+    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
 
 
 def encode_png(pixels: ArrayLike) -> bytes:
@@ -186,7 +201,9 @@ def _blend(picture: NDArray[np.float32], share: NDArray[np.float32], max_opacity
 def _lay_out(num_maps: int, aspect: float, title: str) -> tuple[Figure, list[Any]]:
     rows = -(-(num_maps + 1) // _MAX_COLUMNS)
     columns = -(-(num_maps + 1) // rows)
-    width, height = columns * _TILE_INCHES * max(aspect, 0.4) + 1.1, rows * (_TILE_INCHES + 0.45)
+    tile_width = _TILE_INCHES * min(max(aspect, 0.4), _MAX_ASPECT)
+    tile_height = min(_TILE_INCHES, tile_width / aspect)  # of a wide strip, so that its names stay legible beside it
+    width, height = columns * tile_width + 1.1, rows * (tile_height + 0.6)
     figure = Figure(figsize=(width, height + (0.4 if title else 0.0)), dpi=_DPI, layout="constrained")
     tiles = list(figure.subplots(rows, columns, squeeze=False).flat)
     for tile in tiles:

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
@@ -24,6 +25,7 @@ MAX_CURVES = len(COLOURS) * len(_STYLES)
 _MAX_BANDS = 4  # more of them hide each other
 _DPI, _LABEL_WIDTH = 130, 30
 _BAR_INCHES, _BAR_WIDTH = 0.22, 0.8
+_LEGEND_LINE_INCHES = 0.135
 
 
 class CurveWithBand(Protocol):
@@ -153,6 +155,10 @@ def reliability_plot(curves: Mapping[str, Reliability], *, title: str = "") -> b
     below.set_xlabel("predicted probability")
     below.set_ylabel("samples")
     below.set_yscale("log")
+    most = max(int(curve.count.max()) for curve in curves.values())
+    below.set_ylim(0.8, 1.3 * 10.0 ** np.ceil(np.log10(max(most, 10))))  # whole decades, so that ticks stand apart
+    below.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    below.yaxis.set_minor_formatter(NullFormatter())
     below.grid(visible=True, color="#dddddd", linewidth=0.6)
     return _finished(figure, tile)
 
@@ -272,6 +278,9 @@ def _finished(figure: Figure, tile: Axes, *, has_legend: bool = True) -> bytes:
         legend = figure.legend(*entries, loc="outside right center", fontsize=8, frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)
+        needed = _LEGEND_LINE_INCHES * sum(text.get_text().count("\n") + 1.4 for text in legend.get_texts())
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, max(height, needed + 0.6))
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # A script that the font lacks is drawn as boxes; tables and JSON hold the name.
