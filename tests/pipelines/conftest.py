@@ -1,9 +1,5 @@
 """Tiny saved models of both kinds, scans and pictures, and a process in which the package cannot be imported."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +26,6 @@ TEXT = {
     "num_attention_heads": 2,
     "intermediate_size": 12,
 }
-
-WITHOUT_PACKAGE = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "medclip_hf":
-            raise ModuleNotFoundError("medclip_hf is not installed here", name=name)
-
-sys.meta_path.insert(0, Absent())
-"""
 
 
 @pytest.fixture(scope="session")
@@ -101,28 +86,3 @@ def mask() -> np.ndarray:
     ids[3:9, 4:10, 2:6] = 1
     ids[0:5, 5:9, 8:12] = 2
     return ids
-
-
-@pytest.fixture
-def run_without_package(tmp_path) -> Callable[..., str]:
-    """Runs code where medclip_hf cannot be imported, with arguments as sys.argv[1:]; gives back what it printed."""
-
-    def run(code: str, *arguments: object) -> str:
-        environment = {
-            **os.environ,
-            "HF_MODULES_CACHE": str(tmp_path / "modules"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        child = subprocess.run(
-            [sys.executable, "-c", WITHOUT_PACKAGE + code, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd=tmp_path,
-            timeout=300,
-        )
-        assert child.returncode == 0, child.stderr
-        return child.stdout
-
-    return run

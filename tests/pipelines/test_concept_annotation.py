@@ -158,7 +158,7 @@ def test_any_saved_model_can_be_given_its_pipelines(conceptclip_folder, tmp_path
 
 
 STRANGER = """
-import json
+import json, sys
 import shutil
 import numpy as np
 from transformers import pipeline
@@ -186,7 +186,6 @@ try:
     annotate(image + ".dcm", concepts=concepts)
 except ValueError as error:
     assert "medclip-hf[ct]" in str(error), error
-assert "medclip_hf" not in sys.modules
 json.dump(found[0], open(result, "w"))
 """
 
