@@ -13,14 +13,12 @@ folder holds conversion_report.json (every key: used, dropped with its reason, o
 """
 
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
 import medclip_hf  # noqa: F401 - makes the Auto classes know both models
-from medclip_hf.hub.convert import CHECK_NAME, convert_checkpoint, convert_towers, export_official
+from medclip_hf.hub.convert import CHECK_NAME, convert_checkpoint, convert_towers, export_official, read_object
 from medclip_hf.hub.convert_check import check_folder, compare_checks
 from medclip_hf.pipelines.pipeline_saving import add_pipelines
 
@@ -68,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         report = export_official(options.model, options.output)
         print(f"{len(report['keys'])} weights of {report['architecture']}: {options.output}")
         return 0
-    config = read_config(options.config)
+    config = None if options.config is None else read_object(options.config)
     if options.verb == "towers":
         report = convert_towers(
             options.output,
@@ -101,26 +99,9 @@ def check(folder: Path) -> int:
     record = folder / CHECK_NAME
     if not record.is_file():
         raise ValueError(f"{folder} has no {CHECK_NAME}: name a folder that this script wrote.")
-    problems = compare_checks(check_folder(folder), json.loads(record.read_text(encoding="utf-8")))
+    problems = compare_checks(check_folder(folder), read_object(record))
     print("\n".join(problems) or f"{folder} answers as recorded")
     return 1 if problems else 0
-
-
-def read_config(path: Path | None) -> dict[str, Any] | None:
-    """The fields of a JSON file.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if path is None:
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold an object with fields of the model's configuration.")
-    return values
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 import medclip_hf  # noqa: F401 - makes the Auto classes know both models
 from medclip_hf.hub.export_onnx import export_towers, quantize_onnx, require_onnx
+from medclip_hf.hub.loading import load_saved
 
 
 def parse_command_line(command_line: list[str] | None) -> argparse.Namespace:
@@ -45,12 +45,7 @@ def main(command_line: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     """Load, export, quantise."""
     require_onnx()
-    model, report = AutoModel.from_pretrained(
-        options.model, revision=options.revision, dtype=torch.float32, output_loading_info=True
-    )
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{options.model} lacks the weights of {len(missing)} parameters, among them {missing[0]}.")
-    processor = AutoProcessor.from_pretrained(options.model, revision=options.revision)
+    model, processor = load_saved(options.model, revision=options.revision, dtype=torch.float32)
     for name, difference in export_towers(model, options.output, size_dhw=options.size).items():
         print(f"{options.output / name}.onnx: differs from the model by at most {difference:.1e}")
         if options.int8:

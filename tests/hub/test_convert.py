@@ -227,6 +227,28 @@ def test_what_has_no_way_back_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bert"]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "config.json is no JSON"),
+        ("[]", "must hold an object, but a list came"),
+        ({"hidden_size": "wide"}, "expected int, got str"),
+        ({"hidden_act": "none"}, "no model can be built"),
+        ({"num_hidden_layers": 1}, "superfluous"),
+    ],
+)
+def test_a_folder_that_is_damaged_has_no_way_back(tmp_path, change, message):
+    conceptclip().save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "config.json"
+    if isinstance(change, dict):
+        config = json.loads(file.read_text())
+        config["vision_config"] |= change
+        change = json.dumps(config)
+    file.write_text(change)
+    with pytest.raises(ValueError, match=message):
+        export_official(tmp_path / "saved", tmp_path / "back.pt")
+
+
 # Towers ----------------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +333,14 @@ def test_towers_of_another_kind_are_refused(tmp_path, bert):
         convert_towers(tmp_path / "out", architecture="conceptclip", vision=bert, text=bert)
 
 
+def test_a_text_tower_that_lacks_weights_is_refused(tmp_path, bert):
+    weights = load_file(bert / "model.safetensors")
+    del weights["encoder.layer.0.output.dense.weight"]
+    save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="no complete BERT: 1 weights are missing"):
+        from_towers(FVLMConfig(**FVLM_FIELDS | {"vision_config": FVLM_VISION}), text_path=bert)
+
+
 def test_the_same_towers_give_the_same_start(tmp_path, bert):
     sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
     SiglipTower(SiglipVisionConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "siglip")
@@ -334,6 +364,9 @@ def test_the_self_check_finds_a_changed_weight(tmp_path, tokenizer):
     save_file(weights, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
     problems = compare_checks(check_folder(tmp_path / "out"), recorded)
     assert any("text_embeds" in problem for problem in problems)
+    for record in ({}, {"outputs": {"image_embeds": 3}}, {"outputs": {"image_embeds": {"shape": [2, 12]}}}):
+        with pytest.raises(ValueError, match="holds no outputs"):
+            compare_checks(recorded, record)
 
 
 def test_weights_that_are_not_finite_are_refused_and_leave_nothing(tmp_path, tokenizer):
@@ -492,6 +525,11 @@ def test_a_tokenizer_that_is_missing_or_anothers_is_told(tmp_path):
     source = write_official(tmp_path / "model.safetensors", conceptclip())
     with pytest.raises(ValueError, match="no tokenizer beside the checkpoint"):
         convert_checkpoint(source, tmp_path / "out", config=HEADS)
+    damaged = write_tokenizer(tmp_path / "damaged", NUM_WORDS)
+    for text in ("{}", '{"model": {"type": "WordPiece"}, "added_tokens": []}'):
+        (damaged / "tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match="no tokenizer of BERT that can be read"):
+            convert_checkpoint(source, tmp_path / "out", tokenizer=damaged, config=HEADS)
     other = write_tokenizer(tmp_path / "other", 12)
     with pytest.raises(ValueError, match="knows 12 pieces, but the text tower has 30"):
         convert_checkpoint(source, tmp_path / "out", tokenizer=other, config=HEADS)

@@ -143,6 +143,7 @@ def write_shards(folder, weights):
         ({"hidden_size": 32, "num_hidden_layers": 2, "image_size": 28, "patch_size": 7}, 1, "single"),
         ({"hidden_size": 48, "num_hidden_layers": 3, "image_size": 30, "patch_size": 7}, 3, "shards"),
         ({"hidden_size": 16, "num_hidden_layers": 1, "image_size": 16, "patch_size": 4}, 2, "training file"),
+        ({"hidden_size": 16, "num_hidden_layers": 1, "image_size": 16, "patch_size": 4}, 0, "single"),
     ],
 )
 def test_a_conceptclip_of_another_size_answers_as_the_formulas_and_goes_back(tmp_path, sizes, text_layers, form):

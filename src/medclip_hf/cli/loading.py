@@ -1,52 +1,18 @@
-"""Models for commands: what is wrong with a name is told in a sentence, and no code of a repository is run."""
+"""Pipelines for commands."""
 
 import importlib
 import sys
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
-from medclip_hf.hub.errors import HubError, hub_errors
+from medclip_hf.hub.loading import beginning, load_saved
 
-MODEL_TYPES = ("conceptclip", "fvlm")
-_PICKLES = ("*.pkl", "*.pickle", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.joblib")
-_OFFICIAL = ("visual.", "visual_encoder.")  # of keys of the releases
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def model_type_of(model: str, revision: str | None = None) -> str:
-    """Which of the two models a folder or repository holds.
-
-    Raises:
-        ValueError: with what is wrong with the name, the folder or the configuration, and what to do.
-    """
-    _check_place(model)
-    from transformers import PreTrainedConfig
-
-    try:
-        with _asking_the_hub(model):
-            values, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
-        if not isinstance(values, dict):
-            raise ValueError(f"it is a {type(values).__name__} and no object")
-    except (OSError, ValueError) as error:
-        if isinstance(error, HubError):
-            raise
-        raise ValueError(f"{model}: its configuration cannot be read: {_beginning(error)}") from error
-    model_type = str(values.get("model_type", ""))
-    if model_type in MODEL_TYPES:
-        return model_type
-    if "auto_map" in values or "custom_pipelines" in values:
-        raise ValueError(
-            f"{model} asks for code of its own to be run (auto_map of its config.json), and no such code is run here. "
-            f"Name a model of type {' or '.join(MODEL_TYPES)}."
-        )
-    raise ValueError(f"{model} is of type {model_type or 'unknown'!r}; this command takes {' and '.join(MODEL_TYPES)}.")
 
 
 def load_pipeline(
     task: str, model: str, *, revision: str | None = None, device: str | None = None, dtype: str = "auto"
 ) -> Any:
-    """A pipeline with model and processor, loaded from safetensors alone and without a gap.
+    """A pipeline with model and processor, see `load_saved`.
 
     Args:
         task: of `transformers.pipeline`.
@@ -56,36 +22,23 @@ def load_pipeline(
         dtype: "auto" is that of the file.
 
     Raises:
-        ValueError: as `model_type_of`, or weights, processor or device cannot be used.
+        ValueError: as `load_saved`, or the device cannot be used.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype is {', '.join(_DTYPES)}, but {dtype!r} came.")
     import torch
-    from transformers import AutoModel, AutoProcessor, pipeline
+    from transformers import pipeline
     from transformers.utils import logging
 
     importlib.import_module("medclip_hf.registration")  # left out when the package was imported, see there
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    logging.set_verbosity_error()  # what does not fit is told below
+    network, processor = load_saved(model, revision=revision, dtype=dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with _asking_the_hub(model):
-            loaded: Any = AutoModel.from_pretrained(
-                model,
-                revision=revision,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are among the gaps
-            )
-            _check_gaps(loaded[1])
-            processor = AutoProcessor.from_pretrained(model, revision=revision)
-        network = loaded[0].to(device).eval()
-    except HubError:
-        raise
-    except Exception as error:  # of a damaged file, any: tokenizers raises plain ones, torch without CUDA asserts
-        raise ValueError(f"{model} cannot be used: {_beginning(error)}{_cure(model)}") from error
+        network = network.to(device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise ValueError(f"--device {device} cannot be used: {beginning(error)}") from error
     make: Any = pipeline  # annotated for the tasks of transformers alone
     return make(
         task,
@@ -95,52 +48,3 @@ def load_pipeline(
         image_processor=processor.image_processor,
         device=torch.device(device),
     )
-
-
-def _check_gaps(info: dict[str, Any]) -> None:
-    """Refuse a model that was not filled with exactly the weights of its folder."""
-    gaps = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
-    if any(key.startswith(_OFFICIAL) for key in gaps.get("unexpected_keys", ())):
-        raise ValueError("its weights have the names of the release: scripts/convert_checkpoint.py converts them")
-    if gaps:
-        some = {name: keys[:3] for name, keys in gaps.items()}
-        raise ValueError(f"its weights are not those of its configuration: {some}")
-
-
-def _check_place(model: str) -> None:
-    path = Path(model).expanduser()
-    if path.is_file():
-        kind = "pickles are never read" if path.match("*.pkl") or path.match("*.pickle") else "it is a file"
-        raise ValueError(
-            f"{model} is no model: {kind}. Name the folder of a model; scripts/convert_checkpoint.py makes one of an "
-            "official checkpoint."
-        )
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return
-        if (path / "adapter_config.json").is_file():
-            raise ValueError(f"{model} holds an adapter alone: merge it into its base first.")
-        raise ValueError(f"{model} holds no config.json: name the folder that save_pretrained wrote.")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith("/"):
-        raise ValueError(f"there is no folder {model}.")
-
-
-def _asking_the_hub(model: str) -> AbstractContextManager[None]:
-    """What the Hub refuses is told in a sentence; a folder on this disk has nothing to do with it."""
-    return nullcontext() if Path(model).is_dir() else hub_errors(model)
-
-
-def _cure(model: str) -> str:
-    """What to do about a folder whose weights lie there in another format."""
-    path = Path(model)
-    if not path.is_dir() or any(path.glob("*.safetensors")):
-        return ""
-    found = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
-    there = f" ({', '.join(found)} is not read: only safetensors are)" if found else ""
-    return f" The folder holds no *.safetensors{there}."
-
-
-def _beginning(error: BaseException) -> str:
-    """The sentence of an error, which may go on in a second line; a `KeyError` alone would be a word without sense."""
-    lines = [line.strip() for line in str(error).strip().splitlines()[:2]]
-    return " ".join(lines) if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {error}".strip()

@@ -214,8 +214,8 @@ class _Job:
 
     def __init__(self, files: list[str], model: str, output: str, chosen: str | None, revision: str | None) -> None:
         from medclip_hf.cli.files import SetAside, named_paths, pictures, scans
-        from medclip_hf.cli.loading import model_type_of
         from medclip_hf.cli.tables import format_of
+        from medclip_hf.hub.loading import model_type_of
 
         self.model, self.output, self.revision = model, output, revision
         self.format = format_of(output, chosen)

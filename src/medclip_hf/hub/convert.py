@@ -40,9 +40,11 @@ from medclip_hf.hub.convert_configs import (
     Architecture,
     check_fields,
     conceptclip_config,
+    configured,
     detect_architecture,
     fvlm_config,
     tower_fields,
+    without_weights,
 )
 from medclip_hf.modeling.conceptclip import ConceptCLIPConfig, ConceptCLIPModel
 from medclip_hf.modeling.fvlm import FVLMConfig, FVLMModel
@@ -201,16 +203,16 @@ def export_official(folder: str | Path, path: str | Path) -> dict[str, Any]:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ValueError(f"{folder} holds no config.json: name the folder of a saved model.")
-    values = json.loads(config_file.read_text(encoding="utf-8"))
+    values = read_object(config_file)
     architecture = values.get("model_type")
+    if architecture not in ("conceptclip", "fvlm"):
+        raise ValueError(f"{folder} holds a model of type {architecture!r}; conceptclip and fvlm have a way back.")
+    classes: Any = (ConceptCLIPConfig, ConceptCLIPModel) if architecture == "conceptclip" else (FVLMConfig, FVLMModel)
     weights = read_weights(folder)
-    with torch.device("meta"):
-        if architecture == "conceptclip":
-            check_fit(ConceptCLIPModel(ConceptCLIPConfig.from_dict(values)), weights, str(folder))
-        elif architecture == "fvlm":
-            check_fit(FVLMModel(FVLMConfig.from_dict(values)), weights, str(folder))
-        else:
-            raise ValueError(f"{folder} holds a model of type {architecture!r}; conceptclip and fvlm have a way back.")
+    try:
+        check_fit(without_weights(classes[1], configured(classes[0], values)), weights, "it")
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     module = convert_conceptclip if architecture == "conceptclip" else convert_fvlm
     official = module.to_official_state_dict(weights)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -241,14 +243,10 @@ def _plan(
         conversion = convert_fvlm.convert_official(official)
         config = fvlm_config(conversion.weights, overrides)
         model_class = FVLMModel
-    try:
-        with torch.device("meta"):
-            model = model_class(config)
-    except (ArithmeticError, LookupError, RuntimeError) as error:  # of sizes below 1, of activations that do not exist
-        raise ValueError(f"no model can be built with this configuration: {type(error).__name__}: {error}") from error
+    model = without_weights(model_class, config)
     check_fit(model, conversion.weights, "it")
     conversion.weights, conversion.widened = in_one_format(conversion.weights)
-    model.to(dtype=next(iter(conversion.weights.values())).dtype)  # type: ignore[call-arg] # a wrapped method
+    model.to(dtype=next(iter(conversion.weights.values())).dtype)
     return conversion, model.eval()
 
 
@@ -269,7 +267,7 @@ def build_processor(config: Any, tokenizer: str | Path | None) -> ConceptCLIPPro
         )
     try:
         words = read_bert_tokenizer(tokenizer)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # of a damaged file, any: tokenizers raises plain ones
         raise ValueError(f"{tokenizer} holds no tokenizer of BERT that can be read: {error}") from error
     num_rows = config.text_config.vocab_size
     if not num_rows * (1 - _MAX_UNKNOWN_SHARE) <= len(words) <= num_rows:
@@ -376,6 +374,21 @@ def _new_folder(folder: str | Path) -> Iterator[Path]:
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold an object, but a {type(values).__name__} came.")
+    return values
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ _OUTPUTS = (
     "concept_logits",
     "logits_per_anatomy",
 )
+_STATISTICS = ("mean", "std", "min", "max", "first")
 # Between machines: other kernels and thread counts sum in another order.
 _TOLERANCE = 1e-3
 
@@ -49,14 +50,23 @@ def check_folder(folder: str | Path) -> dict[str, Any]:
 
 
 def compare_checks(found: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
-    """What differs between a check and a recorded one by more than rounding; empty where they agree."""
+    """What differs between a check and a recorded one by more than rounding; empty where they agree.
+
+    Raises:
+        ValueError: the record is none of `check_folder`.
+    """
     problems = []
-    for name, values in recorded["outputs"].items():
+    kept = recorded.get("outputs")
+    if not isinstance(kept, dict) or not all(
+        isinstance(values, dict) and {"shape", *_STATISTICS} <= values.keys() for values in kept.values()
+    ):
+        raise ValueError("the record holds no outputs with their statistics. Convert again.")
+    for name, values in kept.items():
         own = found["outputs"].get(name)
         if own is None or own["shape"] != values["shape"]:
             problems.append(f"{name} has shape {own and own['shape']} instead of {values['shape']}")
             continue
-        for statistic in ("mean", "std", "min", "max", "first"):
+        for statistic in _STATISTICS:
             if abs(own[statistic] - values[statistic]) > _TOLERANCE * max(1.0, abs(values[statistic])):
                 problems.append(f"{statistic} of {name} is {own[statistic]:.6g} instead of {values[statistic]:.6g}")
     return problems

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -86,7 +87,7 @@ def conceptclip_config(weights: Mapping[str, Tensor], overrides: Mapping[str, An
     check_fields(ConceptCLIPConfig, overrides)
     merged = _merged(values, overrides)
     _require(merged, {"vision_config": ("num_attention_heads",), "text_config": ("num_attention_heads",)})
-    return _configured(ConceptCLIPConfig, merged)
+    return configured(ConceptCLIPConfig, merged)
 
 
 def fvlm_config(weights: Mapping[str, Tensor], overrides: Mapping[str, Any] | None = None) -> FVLMConfig:
@@ -127,7 +128,7 @@ def fvlm_config(weights: Mapping[str, Tensor], overrides: Mapping[str, Any] | No
             f"the checkpoint has {num_anatomies} anatomies; name them in its order in the configuration: "
             '{"anatomies": ["...", ...]}.'
         )
-    return _configured(FVLMConfig, merged)
+    return configured(FVLMConfig, merged)
 
 
 def check_fields(config_class: type[PreTrainedConfig], given: Mapping[str, Any] | None) -> None:
@@ -156,7 +157,7 @@ def tower_fields(config: PreTrainedConfig) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key not in _OF_THE_FOLDER}
 
 
-def _configured(config_class: Any, values: Mapping[str, Any]) -> Any:
+def configured(config_class: Any, values: Mapping[str, Any]) -> Any:
     """The configuration with these values.
 
     Raises:
@@ -168,16 +169,32 @@ def _configured(config_class: Any, values: Mapping[str, Any]) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
 
 
+def without_weights(model_class: Any, config: PreTrainedConfig) -> Any:
+    """A model of this configuration on the meta device.
+
+    Raises:
+        ValueError: none can be built: sizes below 1, an activation that does not exist.
+    """
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except (ArithmeticError, LookupError, RuntimeError) as error:
+        raise ValueError(f"no model can be built with this configuration: {type(error).__name__}: {error}") from error
+
+
 def _bert_values(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     vocab_size, hidden_size = _shape(weights, "text_model.embeddings.word_embeddings.weight", 2)
-    return {
+    values = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "num_hidden_layers": _count(weights, r"text_model\.encoder\.layer\.\d+\.attention\.self\.query\.weight"),
-        "intermediate_size": _shape(weights, "text_model.encoder.layer.0.intermediate.dense.weight", 2)[0],
         "max_position_embeddings": _shape(weights, "text_model.embeddings.position_embeddings.weight", 2)[0],
         "type_vocab_size": _shape(weights, "text_model.embeddings.token_type_embeddings.weight", 2)[0],
     } | _heads("num_attention_heads", _BERT_HEADS, hidden_size)
+    if values["num_hidden_layers"]:  # a bag of words, as in the demo, has none
+        inner = _shape(weights, "text_model.encoder.layer.0.intermediate.dense.weight", 2)
+        values["intermediate_size"] = inner[0]
+    return values
 
 
 def _heads(name: str, known: Mapping[int, int], width: int) -> dict[str, Any]:

@@ -313,7 +313,10 @@ def from_towers(
         values["text_config"] = tower_fields(BertConfig.from_pretrained(text_path)) | dropouts
     model = FVLMModel(FVLMConfig.from_dict(values))
     if text_path is not None:
-        text_model = BertModel.from_pretrained(text_path, add_pooling_layer=False)
+        loaded: Any = BertModel.from_pretrained(text_path, add_pooling_layer=False, output_loading_info=True)
+        text_model, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"{text_path} is no complete BERT: {len(missing)} weights are missing, as {missing[0]}.")
         load_without_gap(model.text_model, text_model.state_dict(), str(text_path))
     if mae_path is not None:
         dropped = initialize_from_mae(model.vision_model, read_weights(mae_path), patch_embedding=patch_embedding)

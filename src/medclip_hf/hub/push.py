@@ -261,8 +261,8 @@ class _Push:
             return
         try:
             with hub_errors(self.repo_id, self.api.endpoint):
-                there = self.api.repo_info(self.repo_id, repo_type=self.repo_type).siblings or ()
-                if {file.rfilename for file in there} <= {".gitattributes"}:
+                there: Any = self.api.repo_info(self.repo_id, repo_type=self.repo_type)
+                if {file.rfilename for file in there.siblings or ()} <= {".gitattributes"}:
                     self.api.delete_repo(self.repo_id, repo_type=self.repo_type)
         except HubError as error:
             if error.status not in (401, 404):  # those say that it never came to be
