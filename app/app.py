@@ -9,6 +9,7 @@ On a Space the same file runs; `CONCEPTCLIP_MODELS` and `FVLM_MODELS` (separated
 import argparse
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -35,9 +36,26 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     chosen = parser.parse_args(arguments)
     if chosen.max_upload_mb < 1:
         parser.error(f"--max-upload-mb must be at least 1, got {chosen.max_upload_mb}.")
+    if not 0 < chosen.port < 65536:
+        parser.error(f"--port must be between 1 and 65535, got {chosen.port}.")
     chosen.conceptclip = chosen.conceptclip or _named_in("CONCEPTCLIP_MODELS")
     chosen.fvlm = chosen.fvlm or _named_in("FVLM_MODELS")
     return chosen
+
+
+def check_address(host: str, port: int) -> None:
+    """Nothing, if the page can be served there: to be known before models are loaded.
+
+    Raises:
+        ValueError: somebody else listens there, or the machine has no such address.
+    """
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        raise ValueError(f"cannot listen at {host}, port {port}: {error}. Name others by --host and --port.") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from demo_models import load_models
 
         try:
+            check_address(chosen.host, chosen.port)
             models = load_models(chosen, Path(folder))
         except (ValueError, OSError) as error:
             sys.stderr.write(f"{error}\n")

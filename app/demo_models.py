@@ -9,7 +9,8 @@ from typing import Any
 
 from examples import DRAWN_CT_FINDINGS
 
-from medclip_hf.cli.loading import load_pipeline, model_type_of
+from medclip_hf.cli.loading import load_pipeline
+from medclip_hf.hub.loading import model_type_of
 
 TASKS = {"conceptclip": "medical-concept-annotation", "fvlm": "ct-zero-shot-classification"}
 KINDS = {"conceptclip": "ConceptCLIP", "fvlm": "fVLM"}

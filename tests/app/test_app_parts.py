@@ -3,6 +3,7 @@
 import argparse
 import ast
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -219,6 +220,16 @@ def test_a_model_that_is_not_there_ends_the_command_with_a_sentence(app, tmp_pat
     monkeypatch.setattr("os.environ", dict(os.environ))  # the command sets some
     assert app.command.main(["--conceptclip", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.strip() == f"there is no folder {tmp_path / 'none'}."
+
+
+def test_a_place_that_is_taken_ends_the_command_with_a_sentence(app, monkeypatch, capsys):
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert app.command.main(["--port", str(port)]) == 2
+    assert capsys.readouterr().err.startswith(f"cannot listen at 127.0.0.1, port {port}: ")
+    with pytest.raises(SystemExit):
+        app.command.read_arguments(["--port", "99999"])
 
 
 def test_the_page_imports_neither_training_nor_scripts():
