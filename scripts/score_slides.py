@@ -7,8 +7,9 @@ r"""Classify whole-slide images by attention over their tiles: features, trainin
 The table has the columns slide_id, path, label, split and, if there are any, patient_id and mpp. Without `--classifier`
 one is trained on its train slides, chosen on its validation slides and measured on its test slides; with one, label and
 split may be missing and all slides are scored. Written are features/ (one file a slide, used again by the next start
-while slide, contract and model are the same), set_aside.csv, mil.safetensors, scores.csv, figures.json and maps/ with
-the attention of test slides. For research only: no medical device.
+while slide, contract and model are the same), set_aside.csv, mil.safetensors, scores.csv, figures.json, maps/ with the
+attention of test slides, and maps/labelled/ with the same beside the slide, under its class. For research only: no
+medical device.
 """
 
 import argparse
@@ -50,11 +51,12 @@ from medclip_hf.evaluation.slides import (
     save_features,
     tile_encoder,
 )
-from medclip_hf.explain.overlay import overlay_map, save_png
+from medclip_hf.explain.overlay import draw_concept_panel, overlay_map, save_png
 
 logger = logging.getLogger("score_slides")
 
 MAP_ENLARGEMENT = 2  # of the overview, which has 8 pixels a tile
+MAP_INCHES = 6.0
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def run(options: argparse.Namespace) -> None:
     labelled = [(slides[n], predictions[n]) for n in tested if slides[n].row.label]
     write_figures(options.output, labelled, class_names, places)
     for number in tested[: options.maps]:
-        write_map(options.output / "maps" / f"{slides[number].row.slide_id}.png", slides[number], predictions[number])
+        write_maps(options.output / "maps", slides[number], predictions[number], class_names)
 
 
 def embed_slides(
@@ -243,13 +245,24 @@ def write_figures(
         print(f"  {name:<32} {interval.as_text()}")
 
 
-def write_map(path: Path, slide: Embedded, found: MILPrediction) -> None:
-    """The slide in small with the rank of each tile's attention over it."""
+def write_maps(folder: Path, slide: Embedded, found: MILPrediction, class_names: Sequence[str]) -> None:
+    """The rank of each tile's attention over the slide in small; and beside the slide, labelled, for a reader."""
     stored = load_features(slide.features)
     assert stored is not None  # its features were read a moment ago
     ranks = attention_map(found.attention, stored.places, stored.shape)
     overview = stored.overview.repeat(MAP_ENLARGEMENT, axis=0).repeat(MAP_ENLARGEMENT, axis=1)
-    save_png(overlay_map(overview, ranks, value_range=(0.0, 1.0)), path)
+    save_png(overlay_map(overview, ranks, value_range=(0.0, 1.0)), folder / f"{slide.row.slide_id}.png")
+    best = int(found.probabilities.argmax())
+    panel = draw_concept_panel(
+        overview,
+        ranks[None],
+        ["attention"],
+        value_range=(0.0, 1.0),
+        value_label="rank among the slide's tiles",
+        title=f"{slide.row.slide_id}: {class_names[best]} {float(found.probabilities[best]):.2f}",
+        tile_inches=MAP_INCHES,
+    )
+    save_png(panel, folder / "labelled" / f"{slide.row.slide_id}.png")
 
 
 def write_table(path: Path, records: Sequence[dict[str, object]], fields: Sequence[str]) -> None:

@@ -128,10 +128,11 @@ def test_started_again_it_encodes_nothing_and_gives_the_same(script, first_run, 
 def test_new_slides_are_scored_by_a_trained_classifier(script, first_run, tmp_path):
     output, command = first_run
     classifier = ["--classifier", str(output / "mil.safetensors")]
-    again = [*command[:4], "--output", str(tmp_path), *OPTIONS, *classifier]
+    again = [*command[:4], "--output", str(tmp_path), *OPTIONS, *classifier, "--maps", "3"]
     assert script.main(again) == 0
     assert read(tmp_path / "scores.csv") == read(output / "scores.csv")
-    assert len(list((tmp_path / "maps").glob("*.png"))) == 20
+    for folder in ("maps", "maps/labelled"):
+        assert len(list((tmp_path / folder).glob("*.png"))) == 3
 
 
 def test_new_slides_need_neither_labels_nor_splits(script, first_run, tmp_path):

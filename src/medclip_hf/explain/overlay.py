@@ -21,7 +21,7 @@ COLOUR_MAP = "inferno"  # perceptually uniform, and ordered in grey and for colo
 MAX_OPACITY = 0.75
 _BACKDROP = 0.5  # grey behind the colours of the bar
 _OUTLINE_COLOURS = ("#00e5ff", "#000000")  # line and its border: visible on any picture
-_TILE_INCHES, _DPI, _MAX_COLUMNS = 2.4, 130, 5
+TILE_INCHES, _DPI, _MAX_COLUMNS = 2.4, 130, 5
 # Okabe and Ito, 2008, without black: told apart by colour-blind readers.
 _BOX_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 _BOXES_INCHES = 5.0
@@ -70,6 +70,7 @@ def draw_concept_panel(
     value_range: tuple[float, float] | None = None,
     value_label: str = "cosine similarity",
     title: str = "",
+    tile_inches: float = TILE_INCHES,
 ) -> Pixels:
     """A drawing (h, w, 3), uint8: the picture, then one tile per concept with its name, and a colour bar.
 
@@ -83,6 +84,7 @@ def draw_concept_panel(
         value_range: of the colours; None: least and greatest value of all maps.
         value_label: what the colour bar measures.
         title: above everything; may be empty.
+        tile_inches: height of a tile at 130 pixels an inch; more for a picture with small detail, such as a slide.
 
     Raises:
         ValueError: as `overlay_map`; numbers of maps, names and outlines that differ.
@@ -92,7 +94,7 @@ def draw_concept_panel(
     if not len(maps) == len(concept_names) == len(masks):
         raise ValueError(f"got {len(maps)} maps, {len(concept_names)} names and {len(masks)} outlines")
     low, high = _checked_range(maps, value_range)
-    figure, tiles = _lay_out(len(maps), pixels.shape[1] / pixels.shape[0], title)
+    figure, tiles = _lay_out(len(maps), pixels.shape[1] / pixels.shape[0], title, tile_inches)
     _show(tiles[0], pixels, "image")
     for tile, values, name, mask in zip(tiles[1 : len(maps) + 1], maps, concept_names, masks, strict=True):
         _show(tile, overlay_map(pixels, values, value_range=(low, high)), name)
@@ -198,11 +200,11 @@ def _blend(picture: NDArray[np.float32], share: NDArray[np.float32], max_opacity
     return np.rint(255.0 * (picture * (1.0 - opacity) + colours * opacity)).astype(np.uint8)
 
 
-def _lay_out(num_maps: int, aspect: float, title: str) -> tuple[Figure, list[Any]]:
+def _lay_out(num_maps: int, aspect: float, title: str, tile_inches: float) -> tuple[Figure, list[Any]]:
     rows = -(-(num_maps + 1) // _MAX_COLUMNS)
     columns = -(-(num_maps + 1) // rows)
-    tile_width = _TILE_INCHES * min(max(aspect, 0.4), _MAX_ASPECT)
-    tile_height = min(_TILE_INCHES, tile_width / aspect)  # of a wide strip, so that its names stay legible beside it
+    tile_width = tile_inches * min(max(aspect, 0.4), _MAX_ASPECT)
+    tile_height = min(tile_inches, tile_width / aspect)  # of a wide strip, so that its names stay legible beside it
     width, height = columns * tile_width + 1.1, rows * (tile_height + 0.6)
     figure = Figure(figsize=(width, height + (0.4 if title else 0.0)), dpi=_DPI, layout="constrained")
     tiles = list(figure.subplots(rows, columns, squeeze=False).flat)
