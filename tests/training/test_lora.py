@@ -133,9 +133,10 @@ def test_a_fresh_adapter_changes_nothing(bases, kind):
     torch.testing.assert_close(after, before)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_adapter_loads_and_merges_with_equal_outputs(bases, tmp_path, kind):
-    adapted, inputs = make_adapter(bases, kind, tmp_path / "adapter")
+def test_a_saved_adapter_loads_and_merges_with_equal_outputs(bases, tmp_path, kind, use_dora):
+    adapted, inputs = make_adapter(bases, kind, tmp_path / "adapter", use_dora=use_dora)
     expected = what_it_says(adapted, inputs).detach()
     loaded = load_adapters({"default": tmp_path / "adapter"})
     torch.testing.assert_close(what_it_says(loaded, inputs), expected, rtol=0, atol=0)
@@ -148,8 +149,9 @@ def test_a_saved_adapter_loads_and_merges_with_equal_outputs(bases, tmp_path, ki
     torch.testing.assert_close(what_it_says(plain, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_auto_model_loads_an_adapter_folder(bases, tmp_path):
-    adapted, inputs = make_adapter(bases, "ConceptCLIPModel", tmp_path)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_auto_model_loads_an_adapter_folder(bases, tmp_path, use_dora):
+    adapted, inputs = make_adapter(bases, "ConceptCLIPModel", tmp_path, use_dora=use_dora)
     loaded = AutoModel.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(what_it_says(loaded, inputs), what_it_says(adapted, inputs), rtol=0, atol=0)
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
@@ -27,6 +28,8 @@ from medclip_hf.modeling.fvlm import anatomy_classification_fvlm as fvlm_head
 from medclip_hf.training.checkpoints import write_json
 
 BASE_FACTS = "base_model.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_MAGNITUDE = ".lora_magnitude_vector"
 HEAD = "classifier"  # name of the module that a classifier adds to its base
 MODEL_CLASSES: dict[str, Any] = {
     "ConceptCLIPModel": ConceptCLIPModel,
@@ -126,9 +129,11 @@ class BaseFacts:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write them beside the adapter, with the file from which the Auto classes learn the labels.
 
-        PEFT's own card is removed: it names the folder of the base, and says nothing else.
+        PEFT's own card is removed: it names the folder of the base, and says nothing else. The magnitudes of DoRA get
+        the names by which transformers finds them.
         """
         (Path(folder) / "README.md").unlink(missing_ok=True)
+        _name_magnitudes(Path(folder) / ADAPTER_WEIGHTS)
         facts = asdict(self)
         head = facts.pop("head")
         write_json(Path(folder) / BASE_FACTS, facts)
@@ -146,6 +151,24 @@ class SavedTogether:
         """Save each into the folder."""
         for part in self.parts:
             part.save_pretrained(folder)
+
+
+def _name_magnitudes(path: Path) -> None:
+    """Give DoRA's magnitudes back the ".weight" that PEFT takes off their names.
+
+    PEFT reads both forms; `from_pretrained` of transformers overlooks the short one, and draws fresh magnitudes with
+    no more than a line in its report.
+    """
+    if not path.is_file():
+        return
+    with safe_open(path, "pt") as file:
+        names, metadata = list(file.keys()), file.metadata()
+        if not any(name.endswith(_MAGNITUDE) for name in names):
+            return
+        weights = {f"{name}.weight" if name.endswith(_MAGNITUDE) else name: file.get_tensor(name) for name in names}
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(weights, temporary, metadata=metadata)
+    temporary.replace(path)
 
 
 def target_pattern(model: Any, settings: AdapterSettings) -> str:
