@@ -2,55 +2,46 @@
 
     OMP_NUM_THREADS=1 python benchmarks/inference.py throughput --pictures 64 --rounds 3
     OMP_NUM_THREADS=1 python benchmarks/inference.py throughput --pictures 512 --elsewhere-ms 40 --workers 2 --rounds 2
+    OMP_NUM_THREADS=1 python benchmarks/inference.py scans --scans 4 --rounds 1
     OMP_NUM_THREADS=1 python benchmarks/inference.py precision --conceptclip demo_output/conceptclip/stage2/final
     OMP_NUM_THREADS=1 python benchmarks/inference.py precision \
         --fvlm demo_output/fvlm/per_anatomy_calibrated/final --prepared demo_output/fvlm/prepared
 
 "throughput" draws JPEG pictures, embeds them with a random SigLIP tower through the very steps of scripts/embed.py
 (reading, decoding, resizing, tower, shards on disk) and, by turns in the same process, runs the bare tower on pixels
-that lie ready in memory. With --elsewhere-ms a stand-in that sleeps takes the tower's place: on a busy machine a tower
-on the CPU competes with its own loader workers, which one on an accelerator does not. "precision" scores drawn figures,
+that lie ready in memory; told is how the time divides into tower, waiting for data and the driver, by the clock and by
+processor time. With --elsewhere-ms a stand-in that sleeps takes the tower's place: on a busy machine a tower on the CPU
+competes with its own loader workers, which one on an accelerator does not. With --own-cores the loaders run on other
+cores than the tower. "scans" does the same for drawn CT scans with an fVLM of the published size, and tells what each
+part of a scan's way takes. "precision" scores drawn figures,
 or the held-out scans of the demo, with the model as it is, in bfloat16, in int8 and, for ConceptCLIP's vision tower, in
 int8 ONNX; the difference of the mean AUC to float32 is paired, its interval a bootstrap over figures or patients.
 """
 
 import argparse
-import importlib.util
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from embedding_throughput import load_script, measure_pictures, measure_scans
 from numpy.typing import NDArray
-from PIL import Image
-from transformers import AutoModel, AutoProcessor, BertConfig, SiglipVisionConfig
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers import AutoModel, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from medclip_hf import ConceptCLIPConfig, ConceptCLIPModel, ConceptCLIPProcessor
 from medclip_hf.data.ct.scan_index import read_scan_rows
 from medclip_hf.data.phantoms.figures import draw_figures
-from medclip_hf.data.workers import Task
 from medclip_hf.evaluation.comparisons import paired_difference
 from medclip_hf.evaluation.ct_zero_shot import CT_RATE_FINDINGS, embed_findings, score_scan
-from medclip_hf.evaluation.embedding_run import PictureStep, RunOptions
-from medclip_hf.evaluation.embedding_sources import PictureFolder
-from medclip_hf.evaluation.embedding_store import EmbeddingStore
-from medclip_hf.evaluation.encoders import Encoder, ImageEmbeddings, make_encoder
 from medclip_hf.evaluation.quantization import quantize_linear_layers
 from medclip_hf.evaluation.zero_shot import embed_classes, published_share_of_patches, zero_shot_scores
 from medclip_hf.hub.export_onnx import export_towers, quantize_onnx
 from medclip_hf.training.scan_datasets import read_stored_scan
-from medclip_hf.training.tokenizers import train_wordpiece_tokenizer
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 Scores = NDArray[np.float64]
 
 
@@ -61,12 +52,21 @@ def main() -> None:
     throughput = parts.add_parser("throughput")
     throughput.add_argument("--pictures", type=int, default=64)
     throughput.add_argument("--side", type=int, default=512, help="of the drawn JPEG files, pixels")
+    throughput.add_argument("--image-size", type=int, default=224, help="of the tower")
     throughput.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    throughput.add_argument("--own-cores", action="store_true", help="loaders on other cores than the tower")
     throughput.add_argument("--rounds", type=int, default=3)
     throughput.add_argument("--batch-size", type=int, default=16)
     throughput.add_argument("--layers", type=int, default=6)
     throughput.add_argument("--elsewhere-ms", type=float, help="a stand-in that waits so long for a picture instead")
-    throughput.set_defaults(measure=measure_throughput)
+    throughput.add_argument("--patches", action="store_true", help="729 vectors of 1152 a picture, of the stand-in")
+    throughput.set_defaults(measure=measure_pictures)
+    scans = parts.add_parser("scans")
+    scans.add_argument("--scans", type=int, default=4)
+    scans.add_argument("--workers", type=int, nargs="+", default=[1])
+    scans.add_argument("--rounds", type=int, default=1)
+    scans.add_argument("--tiny", action="store_true", help="a tiny model on coarse scans, to try the script")
+    scans.set_defaults(measure=measure_scans)
     precision = parts.add_parser("precision")
     precision.add_argument("--conceptclip", type=Path)
     precision.add_argument("--figures", type=int, default=1000)
@@ -77,120 +77,6 @@ def main() -> None:
     disable_progress_bar()
     arguments = parser.parse_args()
     arguments.measure(arguments)
-
-
-# Throughput ------------------------------------------------------------------------------------------------------
-
-
-def measure_throughput(arguments: argparse.Namespace) -> None:
-    """Pictures a second of the bare tower and of the pipeline, by turns."""
-    encoder = random_encoder(arguments.layers)
-    if arguments.elsewhere_ms is not None:
-        encoder = waiting_encoder(encoder, arguments.elsewhere_ms / 1e3)
-    rates: dict[str, list[Rate]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        source = draw_pictures(Path(name) / "pictures", arguments.pictures, arguments.side)
-        pixels = torch.stack([encoder.preprocess(source.read(0))] * arguments.batch_size)
-        reading = rate_of(8, lambda: [encoder.preprocess(source.read(index)) for index in range(8)])
-        print(f"reading, decoding and resizing one picture takes {1e3 * reading.cpu_seconds / 8:.1f} ms of one core")
-        for number in range(arguments.rounds):
-            found = {"bare tower": rate_of(arguments.pictures, partial(run_bare, encoder, pixels, arguments.pictures))}
-            for workers in arguments.workers:
-                work = partial(
-                    run_pipeline,
-                    encoder,
-                    source,
-                    Path(name) / f"out-{number}-{workers}",
-                    RunOptions(arguments.batch_size, workers),
-                )
-                found[f"pipeline, {workers} loader workers"] = rate_of(arguments.pictures, work)
-            for key, rate in found.items():
-                rates.setdefault(key, []).append(rate)
-    bare = rates["bare tower"]
-    for key, values in rates.items():
-        by_clock = [value.a_second / one.a_second for value, one in zip(values, bare, strict=True)]
-        by_cpu = statistics.median(one.cpu_seconds / value.cpu_seconds for value, one in zip(values, bare, strict=True))
-        told = f", {by_cpu:.1%} by the CPU time of its process" if arguments.elsewhere_ms is None else ""
-        print(
-            f"{key:<28} {statistics.median(value.a_second for value in values):7.2f} pictures/s   of the bare tower: "
-            f"{statistics.median(by_clock):6.1%} by the clock ({min(by_clock):.1%} to {max(by_clock):.1%}){told}"
-        )
-
-
-@dataclass(frozen=True)
-class Rate:
-    """How fast something went.
-
-    Args:
-        a_second: pictures, by the clock.
-        cpu_seconds: of this process, without its loader workers: on a busy machine the steadier figure.
-    """
-
-    a_second: float
-    cpu_seconds: float
-
-
-def random_encoder(num_layers: int) -> Encoder:
-    """A SigLIP tower of random weights, 224 pixels, 384 wide."""
-    torch.manual_seed(0)
-    tokenizer = train_wordpiece_tokenizer(["a cyst", "a mass"] * 3, vocab_size=60)
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = SiglipVisionConfig(
-        hidden_size=384,
-        intermediate_size=1536,
-        num_hidden_layers=num_layers,
-        num_attention_heads=6,
-        image_size=224,
-        patch_size=16,
-    )
-    text = BertConfig(vocab_size=len(tokenizer), **small)
-    config = ConceptCLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
-    images = SiglipImageProcessorPil(size={"height": 224, "width": 224})
-    return make_encoder(ConceptCLIPModel(config), ConceptCLIPProcessor(images, tokenizer), name="random SigLIP")
-
-
-def waiting_encoder(encoder: Encoder, seconds: float) -> Encoder:
-    """An encoder that waits instead of computing, as for an accelerator: what it takes does not depend on the CPU."""
-    embeds = torch.nn.functional.normalize(torch.randn(1, 1152))
-
-    def forward(pixel_values: torch.Tensor) -> ImageEmbeddings:
-        time.sleep(seconds * len(pixel_values))
-        return ImageEmbeddings(embeds.expand(len(pixel_values), -1), torch.ones(len(pixel_values)))
-
-    return replace(encoder, forward_pixels=forward)
-
-
-def draw_pictures(folder: Path, count: int, side: int) -> PictureFolder:
-    """JPEG files of smooth noise, about as large as photographs of their size."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8))
-        coarse.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{number:06d}.jpg", quality=90)
-    return PictureFolder(folder)
-
-
-def run_bare(encoder: Encoder, pixels: torch.Tensor, count: int) -> None:
-    """The tower alone on as many pictures."""
-    for first in range(0, count, len(pixels)):
-        encoder.encode_pixels(pixels[: count - first])
-
-
-def run_pipeline(encoder: Encoder, source: PictureFolder, folder: Path, how: RunOptions) -> None:
-    """All that scripts/embed.py does once model and source are there, the start of workers included."""
-    store = EmbeddingStore(folder, {}, num_rows=len(source), rows_per_shard=128, store_format="parquet")
-    store.open()
-    for _ in PictureStep(encoder, source, store, how).stream([Task(unit) for unit in range(store.num_units)]):
-        pass
-    if store.finish() is None:
-        raise RuntimeError("a shard is missing")
-
-
-def rate_of(count: int, work: Callable[[], Any]) -> Rate:
-    """How fast `work` does `count` pictures."""
-    start, cpu_start = time.perf_counter(), time.process_time()
-    work()
-    return Rate(count / (time.perf_counter() - start), time.process_time() - cpu_start)
 
 
 # Precision -------------------------------------------------------------------------------------------------------
@@ -351,17 +237,6 @@ def tell(title: str, found: list[Scored], labels: NDArray[Any], names: list[str]
             f"  {scored.name:<14} AUC {compared.second:.4f}   difference {compared.difference.as_text('{:+.4f}')}   "
             f"largest change of a score {largest:.1e}   {len(labels) / scored.seconds:7.1f} a second"
         )
-
-
-def load_script(name: str) -> Any:
-    """A script as a module, for the prompts of its demo."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    if spec is None or spec.loader is None:
-        raise RuntimeError(f"{SCRIPTS / name}.py cannot be loaded")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

@@ -1,7 +1,12 @@
 """scripts/embed.py: pictures and scans to shards, by any number of processes, and mistakes told in one sentence."""
 
 import importlib.util
+import json
+import multiprocessing
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +87,61 @@ def test_processes_that_share_the_work_leave_the_files_of_one(script, model, pic
     for name in ("image_embeds", "patch_embeds"):
         found = np.concatenate([shard.arrays[name] for shard in shards])
         np.testing.assert_allclose(found, getattr(expected, name), atol=1e-5)
+
+
+def test_an_actor_of_ray_leaves_the_files_of_a_process(script, model, pictures, tmp_path):
+    ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    assert script.main(command(model, pictures, tmp_path / "one")) == 0
+    cloudpickle = pytest.importorskip("ray.cloudpickle")
+    cloudpickle.register_pickle_by_value(script)  # started as a script it is __main__, which travels by value too
+    try:
+        ray_options = ("--engine", "ray", "--num-actors", "1", "--num-workers", "1")
+        assert script.main(command(model, pictures, tmp_path / "ray", *ray_options)) == 0
+    finally:
+        cloudpickle.unregister_pickle_by_value(script)
+        ray.shutdown()
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "ray")
+
+
+def run_in_own_session(script, words):
+    os.setsid()
+    torch.set_num_threads(1)
+    script.main(words)
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_files(script, model, pictures, tmp_path):
+    for number in range(8, 40):
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{number}.png")
+    each = ("--num-workers", "1", "--batch-size", "2")
+    assert script.main(command(model, pictures, tmp_path / "whole", *each)) == 0
+    wanted, output = files_of(tmp_path / "whole"), tmp_path / "killed"
+    words = command(model, pictures, output, *each)
+    for shards in (1, 2, 3, 6, 10):  # killed when so many are there, amid whatever the run then does
+        run = multiprocessing.get_context("fork").Process(target=run_in_own_session, args=(script, words))
+        run.start()
+        while run.is_alive() and (os.getpgid(run.pid) != run.pid or len(list(output.glob("embeddings-*"))) < shards):
+            time.sleep(0.001)
+        if run.is_alive():
+            os.killpg(run.pid, signal.SIGKILL)
+        run.join()
+        found = files_of(output)
+        assert all(found[name] == wanted[name] for name in found if not name.startswith("."))
+    assert script.main(words) == 0
+    assert files_of(output) == wanted
+
+
+def test_processes_beyond_the_last_shard_say_that_they_have_nothing_to_do(
+    script, model, pictures, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("WORLD_SIZE", "12")  # of 8 pictures in 3 shards
+    for rank in range(11, -1, -1):
+        monkeypatch.setenv("RANK", str(rank))
+        assert script.main(command(model, pictures, tmp_path / "out")) == 0
+    assert caplog.text.count("has nothing to do: 3 shards") == 9
+    assert (tmp_path / "out" / "manifest.json").exists()
+    (aside,) = [json.loads(line) for path in (tmp_path / "out").glob("set_aside/*") for line in path.open()]
+    assert (aside["row_id"], aside["reason"]) == ("7.png", "image not recognised")
 
 
 def test_int8_embeddings_point_nearly_the_same_way_and_are_of_another_model(script, model, pictures, tmp_path):
