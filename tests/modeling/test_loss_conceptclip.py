@@ -324,6 +324,16 @@ def test_only_the_best_patch_has_a_gradient():
     torch.testing.assert_close(grad_concepts, torch.tensor([[0.0, 1.0]]))
 
 
+def test_of_equal_patches_one_alone_has_the_whole_gradient(chunking):
+    patches = unit_rows(2, 1, 8).detach().expand(2, 5, 8).clone().requires_grad_()
+    concepts = unit_rows(3, 8, seed=1)
+    values, best = best_patch_similarity(patches, concepts)
+    (gradient,) = gradients(values[:, 0].sum(), patches)
+    for image in range(2):
+        assert gradient[image].any(dim=-1).nonzero().flatten().tolist() == [best[image, 0]]
+        torch.testing.assert_close(gradient[image, best[image, 0]], concepts[0].detach())
+
+
 def test_under_autocast_the_similarity_of_the_chosen_patch_is_exact(chunking):
     patches, concepts = unit_rows(2, 9, 32), unit_rows(5, 32, seed=1)
     with torch.autocast("cpu", torch.bfloat16):

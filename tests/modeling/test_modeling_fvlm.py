@@ -129,8 +129,11 @@ def official_case(official, name):
 def test_losses_features_and_targets_are_those_of_the_release(official, name):
     inputs, reference = official_case(official, name)
     model = official["model"]
+    pooled = []
+    hook = model.anatomy_pooling.register_forward_hook(lambda module, args, output: pooled.append(output[0]))
     with torch.no_grad():
         outputs = model(**inputs, return_loss=True)
+    hook.remove()
     torch.testing.assert_close(outputs.loss, reference["out.total_loss"], rtol=1e-5, atol=0)
     is_used = complete_anatomies(inputs["anatomy_mask"], 4) & (inputs["text_index"] >= 0)
     text_ids = inputs["text_index"].clamp(min=0)
@@ -143,6 +146,8 @@ def test_losses_features_and_targets_are_those_of_the_release(official, name):
             continue
         scans = reference[f"{anatomy}.patient_ids"]
         assert is_used[:, column].nonzero()[:, 0].tolist() == scans.tolist()
+        attended = pooled[0][scans, column]
+        torch.testing.assert_close(attended, reference[f"{anatomy}.roi_attention_out"], rtol=0, atol=1e-4)
         embeds = outputs.anatomy_embeds[scans, column]
         torch.testing.assert_close(embeds, reference[f"{anatomy}.image_feat"], rtol=0, atol=1e-5)
         texts = outputs.text_embeds[inputs["text_index"][scans, column]]
@@ -151,6 +156,7 @@ def test_losses_features_and_targets_are_those_of_the_release(official, name):
         torch.testing.assert_close(targets[pairs], reference[f"{anatomy}.sim_targets"])
         if f"{anatomy}.sim_i2t" in reference:
             torch.testing.assert_close(logits[pairs], reference[f"{anatomy}.sim_i2t"], rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(logits[pairs].T, reference[f"{anatomy}.sim_t2i"], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)
