@@ -3,10 +3,8 @@
 Every key is accounted for: converted, dropped with a reason, or an error.
 """
 
-import logging
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,15 +12,10 @@ from torch import Tensor
 from medclip_hf.hub.checkpoints import (
     Conversion,
     first_match,
-    load_without_gap,
-    read_weights,
     single,
     thirds,
     without_wrapper_prefix,
 )
-from medclip_hf.modeling.conceptclip import ConceptCLIPConfig, ConceptCLIPModel
-
-logger = logging.getLogger(__name__)
 
 _SCALARS = ("logit_scale", "logit_bias", "concept_logit_scale", "concept_logit_bias")  # () there, (1,) here
 _POSITIONS = ("visual.trunk.pos_embed", "vision_model.embeddings.position_embedding.weight")  # (1, P, D) and (P, D)
@@ -189,23 +182,3 @@ def _revert_attention(rest: dict[str, Tensor], num_layers: int) -> dict[str, Ten
             official[f"{_OFFICIAL_POOL}.q.{kind}"] = fused[:width].clone()
             official[f"{_OFFICIAL_POOL}.kv.{kind}"] = fused[width:].clone()
     return official
-
-
-def load_official_checkpoint(path: str | Path, config: ConceptCLIPConfig | None = None) -> ConceptCLIPModel:
-    """[`ConceptCLIPModel`] in evaluation mode with the weights of an official file, ready for `save_pretrained`.
-
-    Args:
-        path: `model.safetensors`, or a training file; the latter is read with `weights_only=True`.
-        config: architecture; default: the published one, of the stage that the file's weights tell.
-
-    Raises:
-        ValueError: the file is none of ConceptCLIP's, or its weights do not fit the configuration.
-    """
-    weights, dropped = from_official_state_dict(read_weights(path))
-    for key, reason in dropped.items():
-        logger.info("%s: dropped %s: %s", path, key, reason)
-    if config is None:
-        config = ConceptCLIPConfig(use_patch_concept_alignment="concept_logit_scale" in weights)
-    model = ConceptCLIPModel(config)
-    load_without_gap(model, weights, str(path))
-    return model.eval()

@@ -181,24 +181,6 @@ def to_official_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor
     return official
 
 
-def load_official_checkpoint(path: str | Path, config: FVLMConfig | None = None) -> FVLMModel:
-    """`FVLMModel` with the weights of an official file, ready for `save_pretrained`.
-
-    Args:
-        path: the official `model.pth`. It is read with `weights_only=True`: a file that needs more is refused.
-        config: architecture; by default the published one.
-
-    Raises:
-        ValueError: the file is none of fVLM's, or its weights do not fit the config.
-    """
-    weights, dropped = from_official_state_dict(read_weights(path))
-    for key, reason in dropped.items():
-        logger.info("%s: dropped %s: %s", path, key, reason)
-    model = FVLMModel(config or FVLMConfig())
-    load_without_gap(model, weights, str(path))
-    return model.eval()
-
-
 # Starting points -------------------------------------------------------------------------------------------------
 
 _MAE_RENAMED = (
