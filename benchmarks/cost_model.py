@@ -4,21 +4,30 @@
 
 First part: CPU seconds over batch, concepts, anatomies, volume size and rows, each with the others fixed. A straight
 line through the smallest and the largest value (for the volume: operations of its tokens, as `step_models.fvlm_flops`
-counts them) foretells the one between; how far off it is, is printed. Second part: nothing measured. Operations and
-bytes of a step at the published size, with the assumed machine printed beside them, give time and traffic by the number
-of GPUs.
+counts them) foretells the one between; how far off it is, is printed. The losses of 1, 2 and 4 gloo processes are
+foretold in the same way, and the bytes that they exchange by the formula of the second part. That one measures nothing:
+operations and bytes of a step at the published size, with the assumed machine printed beside them, give time and
+traffic by the number of GPUs.
 """
 
 import argparse
+import json
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from step_models import conceptclip_batch, conceptclip_model, fvlm_batch, fvlm_flops, fvlm_model, transformer_flops
+from torch import Tensor
+from torch.multiprocessing import start_processes
 from torch.nn import functional as F
 
 from medclip_hf.modeling.conceptclip.loss_conceptclip import patch_concept_alignment_loss
@@ -53,14 +62,22 @@ def main() -> None:
     """Measure, check, foretell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=256, help="images of a GPU in the second part")
-    parser.add_argument("--concepts", type=int, default=8, help="of a caption in the second part")
+    parser.add_argument("--batch", type=int, default=128, help="images of a GPU in the second part; published: 128")
+    parser.add_argument("--concepts", type=int, default=4, help="of a caption there; the release's sample has 4.0")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{'grows with':22}{'values':>18}{'CPU ms':>26}{'foretold between':>20}{'off by':>9}")
     for name, values, axis, measure in curves():
         seconds = [median_seconds(measure(value), options.repeats) for value in values]
         show(name, values, axis(values), seconds)
+    measured = [losses_of(processes, options.repeats) for processes in PROCESSES]
+    show("processes, both losses", PROCESSES, [float(one) for one in PROCESSES], [seconds for seconds, _ in measured])
+    for processes, (_, travelled) in zip(PROCESSES[1:], measured[1:], strict=True):
+        told = sum(exchanged_bytes(processes, SHARE.images, rows, SHARE.width) for rows in (1, SHARE.concepts))
+        print(
+            f"bytes that a process of {processes} exchanges: {travelled / 1e6:.3f} MB, by the formula {told / 1e6:.3f} "
+            f"({100 * (travelled / told - 1):+.1f}%)"
+        )
     print()
     foretell(Machine(), options.batch, options.concepts)
 
@@ -133,6 +150,79 @@ def sampler(rows: int) -> Callable[[], object]:
     return lambda: [permuted(positions, rows, 0, epoch) for epoch in range(20)]
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one process brings to the losses that several measure."""
+
+    images: int = 32
+    patches: int = 64
+    concepts: int = 4
+    width: int = 256
+
+
+SHARE = Share()
+PROCESSES = (1, 2, 4)
+
+
+def losses_of(processes: int, repeats: int) -> tuple[float, float]:
+    """CPU seconds of process 0 in both losses with their gradients, and the bytes that came to it and left it."""
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(losses_of_one, (processes, repeats, folder), nprocs=processes, start_method="fork")
+        seconds, travelled = json.loads((Path(folder) / "found.json").read_text())
+    return seconds, travelled
+
+
+def losses_of_one(rank: int, processes: int, repeats: int, folder: str) -> None:
+    """The share of one process."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=processes)
+    torch.manual_seed(rank)
+    shapes = {"image": (), "text": (), "patch": (SHARE.patches,), "concept": (SHARE.concepts,)}
+    embeddings = {
+        f"{name}_embeds": F.normalize(torch.randn(SHARE.images, *shape, SHARE.width), dim=-1).requires_grad_()
+        for name, shape in shapes.items()
+    }
+    for name, value in (("logit_scale", 10.0), ("logit_bias", -10.0)):
+        embeddings |= {name: torch.tensor([value]), f"concept_{name}": torch.tensor([value])}
+    batch = {
+        "concept_token_spans": torch.tensor([1, 2]).expand(SHARE.images, SHARE.concepts, 2),
+        "concept_mask": torch.ones(SHARE.images, SHARE.concepts, dtype=torch.bool),
+        "concept_ids": torch.randint(1000, (SHARE.images, SHARE.concepts)),
+        "input_ids": torch.ones(SHARE.images, 4, dtype=torch.int64),
+    }
+    with counted_bytes() as travelled:
+        ConceptCLIPObjective().compare(embeddings, batch)["loss"].backward()
+    seconds = median_seconds(lambda: ConceptCLIPObjective().compare(embeddings, batch)["loss"].backward(), repeats)
+    if rank == 0:
+        (Path(folder) / "found.json").write_text(json.dumps([seconds, travelled[0]]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@contextmanager
+def counted_bytes() -> Iterator[list[float]]:
+    """Adds up what the exchanges of rows and their gradients move to and from this process, labels included."""
+    total, gather, scatter = [0.0], dist.all_gather_single, dist.reduce_scatter_single
+
+    def gathered(everyones: Tensor, own: Tensor, *args: Any, **kwargs: Any) -> Any:
+        total[0] += everyones.nbytes - own.nbytes
+        return gather(everyones, own, *args, **kwargs)
+
+    def scattered(own: Tensor, everyones: Tensor, *args: Any, **kwargs: Any) -> Any:
+        total[0] += everyones.nbytes - own.nbytes
+        return scatter(own, everyones, *args, **kwargs)
+
+    dist.all_gather_single, dist.reduce_scatter_single = gathered, scattered
+    try:
+        yield total
+    finally:
+        dist.all_gather_single, dist.reduce_scatter_single = gather, scatter
+
+
+def exchanged_bytes(processes: int, images: int, rows_of_each: int, width: int) -> float:
+    """Of one kind of row: each comes in once from every other process, and its gradient leaves once, in float32."""
+    return 2 * (processes - 1) * images * rows_of_each * width * 4
+
+
 def median_seconds(step: Callable[[], object], repeats: int) -> float:
     """CPU seconds, after one step to warm up."""
     step()
@@ -178,9 +268,7 @@ def foretell(machine: Machine, batch: int, concepts: int) -> None:
     for gpus in (1, 8, 48, 128, 512, 1024):
         everyones = (gpus - 1) / gpus
         gradients = 2 * everyones * parameters * 4
-        # each block of rows comes in once, and its gradients leave once, in float32
-        texts = 2 * everyones * gpus * batch * width * 4
-        vectors = texts * concepts
+        texts, vectors = (exchanged_bytes(gpus, batch, rows, width) for rows in (1, concepts))
         bandwidth = machine.nvlink if gpus <= 8 else machine.network
         search = 2 * batch * patches * (gpus * batch * concepts) * width / (machine.flops * machine.loss)
         # blocks travel while others are worked on: what is longer counts
@@ -195,7 +283,10 @@ def foretell(machine: Machine, batch: int, concepts: int) -> None:
             + f"{100 * towers / step:>13.0f}%"
         )
     bend = towers * machine.flops * machine.loss / (2 * batch * patches * batch * concepts * width)
-    print(f"PC-Align costs as much as the towers at {bend:.0f} GPUs, a tenth of them at {bend / 10:.0f}.")
+    print(
+        f"PC-Align costs as much as the towers at {bend:.0f} GPUs, a tenth of them at {bend / 10:.0f}, 3 % at "
+        f"{0.03 * bend:.0f}."
+    )
 
 
 if __name__ == "__main__":

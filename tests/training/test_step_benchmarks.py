@@ -126,3 +126,12 @@ def test_the_losses_are_told_to_grow_with_the_gpus_and_the_towers_are_not(benchm
     search = {gpus: float(line[5]) for gpus, line in lines.items()}
     assert search[512] == pytest.approx(64 * search[8], rel=0.05)
     assert lines[48][1] == "12288"  # the published global batch
+
+
+def test_processes_exchange_the_bytes_of_the_formula(benchmark):
+    script = benchmark("cost_model")
+    _, travelled = script.losses_of(2, repeats=1)
+    told = sum(
+        script.exchanged_bytes(2, script.SHARE.images, rows, script.SHARE.width) for rows in (1, script.SHARE.concepts)
+    )
+    assert travelled == pytest.approx(told, rel=0.02)  # labels come on top
