@@ -5,7 +5,7 @@ r"""A model meets a scanner that stores bright as dark; an adapter of 20,000 wei
 
 Draws figures of the "new hospital" (inverted grey values), trains a LoRA adapter on their captions with
 `scripts/finetune_lora.py`, loads the adapter by `AutoModel.from_pretrained`, and compares it with the model it adapts,
-on figures that neither has seen: zero-shot AUC with 95 % bootstrap intervals.
+on figures that neither has seen: zero-shot AUC with 95 % bootstrap intervals. Two to four minutes on a CPU.
 """
 
 import argparse
