@@ -91,6 +91,9 @@ def main(command_line: list[str] | None = None) -> int:
     write_json(options.output, {"data": described(data), "runs": [as_dict(run, data) for run in runs], **kept(figures)})
     print(as_table(figures).as_text())
     print(f"\nMeans over seeds with 95 % intervals by test patient; ± over seeds. {options.output}")
+    for name, reasons in data.set_aside.items():
+        for reason, count in reasons.items():
+            sys.stderr.write(f"{name}: {count} set aside: {reason}\n")
     stopped = sum(not run.is_converged for run in runs)
     if stopped:
         sys.stderr.write(
@@ -125,7 +128,7 @@ def probe_data(options: argparse.Namespace) -> ProbeData:
 
 
 def described(data: ProbeData) -> dict[str, Any]:
-    """Classes, and the samples and patients of each split."""
+    """Classes, the samples and patients of each split, and what was set aside."""
     return {
         "class_names": list(data.class_names),
         "splits": {
@@ -135,6 +138,7 @@ def described(data: ProbeData) -> dict[str, Any]:
             }
             for name, split in data.splits.items()
         },
+        "set_aside": data.set_aside,
     }
 
 

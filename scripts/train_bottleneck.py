@@ -49,12 +49,14 @@ class Split:
         features: (N, D), pooled vectors, not normalised: what the probe sees.
         labels: (N,), class numbers.
         patients: (N,), names.
+        set_aside: image and reason of those that could not be read.
     """
 
     scores: NDArray[np.float64]
     features: NDArray[np.float64]
     labels: NDArray[np.int64]
     patients: NDArray[np.str_]
+    set_aside: list[dict[str, str]]
 
 
 def parse_command_line(command_line: list[str] | None) -> argparse.Namespace:
@@ -113,7 +115,8 @@ def run(options: argparse.Namespace) -> str:
         black_box, bottleneck.probabilities(test.scores), test.labels, class_names, groups=test.patients
     )
     effects = [switch_effect(bottleneck, test.scores, name) for name in important_concepts(bottleneck, options.top)]
-    return write_results(options.output, bottleneck, compared, effects, options.top)
+    data = {name: {"images": len(split.labels), "set_aside": split.set_aside} for name, split in splits.items()}
+    return write_results(options.output, bottleneck, compared, effects, options.top, data)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -151,7 +154,7 @@ def encode(
     concepts = bank.concept_embeds if local else bank.text_embeds
     if concepts is None:
         raise ValueError(f"{encoder.name} has no patch heads, so there are no local scores: use --score global.")
-    scores, features, kept = [], [], []
+    scores, features, kept, set_aside = [], [], [], []
     for first in tqdm(range(0, len(rows), BATCH), unit="batch", disable=None):
         pixels = []
         for row in rows[first : first + BATCH]:
@@ -160,6 +163,7 @@ def encode(
                 kept.append(row)
             except (OSError, ValueError) as error:
                 logger.warning("set aside %s: %s", row["image"], error)
+                set_aside.append({"image": row["image"], "reason": str(error)})
         if pixels:
             found = encoder.encode_pixels(torch.stack(pixels))
             if local and found.patch_embeds is not None:
@@ -174,6 +178,7 @@ def encode(
         torch.cat(features).double().cpu().numpy(),
         np.array([class_names.index(row["label"]) for row in kept]),
         np.array([row["patient"] for row in kept]),
+        set_aside,
     )
 
 
@@ -204,6 +209,7 @@ def write_results(
     compared: dict[str, PairedDifference],
     effects: list[SwitchEffect],
     top: int,
+    data: dict[str, Any],
 ) -> str:
     """Write bottleneck, `weights.txt` and `results.json`; the text to print."""
     bottleneck.save(folder)
@@ -211,6 +217,7 @@ def write_results(
     write_text_atomically(folder / "weights.txt", weights + "\n")
     figures = {name: compared[name] for name in FIGURES if name in compared}
     results: dict[str, Any] = {
+        "data": data,
         "num_concepts": len(bottleneck.concept_names),
         "num_concepts_used": bottleneck.num_concepts_used,
         "strength": bottleneck.strength,
@@ -231,7 +238,8 @@ def write_results(
         changes = " | ".join(f"{effect.change[name]:+.2f}" for name in bottleneck.class_names)
         lines.append(f"| {effect.concept} | {changes} | {effect.num_flipped} of {effect.num_cases} |")
     used = f"{bottleneck.num_concepts_used} of {len(bottleneck.concept_names)} concepts used"
-    return "\n".join([weights, "", used, "", *lines])
+    counts = ", ".join(f"{len(part['set_aside'])} of {name} set aside" for name, part in data.items())
+    return "\n".join([weights, "", used, counts, "", *lines])
 
 
 if __name__ == "__main__":

@@ -188,7 +188,8 @@ def test_a_probe_of_a_task_takes_the_embeddings_of_its_evaluation(script, place,
         Image.new("RGB", (SIDE, SIDE), tuple(value + k for value in COLOURS[name])).save(folder / "images" / f"{k}.png")
         rows.append([f"{k}.png", name, split, f"patient {k}"])
     with (folder / "labels.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["path", "label", "split", "patient"], *rows])
+        absent = ["absent.png", "red", "train", "patient 99"]
+        csv.writer(file).writerows([["path", "label", "split", "patient"], *rows, absent])
     (folder / "task.json").write_text(json.dumps({"task_type": "zero_shot_classification"}))
     named = ["--model", str(place / "models" / "ours"), "--task", str(folder / "task.json"), "--data", str(folder)]
     cache = tmp_path / "results" / "embeddings"
@@ -203,6 +204,7 @@ def test_a_probe_of_a_task_takes_the_embeddings_of_its_evaluation(script, place,
     assert len(list(cache.glob("*/images-00000.safetensors"))) == 3
     record = json.loads(output.read_text())
     assert record["data"]["splits"]["test"] == {"samples": 16, "patients": 16}
+    assert record["data"]["set_aside"]["train"] == {"image listed but absent": 1}
     assert record["figures"]["1.0"]["auroc"]["mean"]["value"] == 1.0
     assert probe.main([*named, *options, "--label", "class"]) == 2
     assert probe.main(["--model", "x", *options]) == 2

@@ -50,7 +50,7 @@ def place(tmp_path_factory):
             pixels = np.clip(level + rng.normal(0, 10, (16, 16, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{split}{number}.png")
             rows.append(f"{split}{number}.png,{'bright' if number % 2 else 'dark'},{split}")
-    (folder / "table.csv").write_text("\n".join(rows))
+    (folder / "table.csv").write_text("\n".join([*rows, "absent.png,dark,test"]))
     return folder
 
 
@@ -68,7 +68,8 @@ def test_it_writes_weights_as_text_and_figures_beside_the_probes(script, place, 
     assert (place / "output" / "weights.txt").read_text().strip() in printed
     results = json.loads((place / "output" / "results.json").read_text())
     assert results["figures"]["balanced_accuracy"]["bottleneck"] == 1.0  # bright and dark differ in every direction
-    assert results["switches"][0]["num_cases"] == 20
+    assert results["switches"][0]["num_cases"] == results["data"]["test"]["images"] == 20
+    assert [entry["image"] for entry in results["data"]["test"]["set_aside"]] == ["absent.png"]
     assert ConceptBottleneck.load(place / "output").class_names == ("bright", "dark")
 
 

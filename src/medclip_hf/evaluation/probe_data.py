@@ -3,7 +3,7 @@
 import csv
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,12 @@ class ProbeData:
     Args:
         splits: "train", "test" and perhaps "validation".
         class_names: K names.
+        set_aside: reason to number of samples that are in no split, by split; empty where none was looked at.
     """
 
     splits: dict[str, ProbeSplit]
     class_names: tuple[str, ...]
+    set_aside: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def load_probe_data(

@@ -46,14 +46,17 @@ def embed_probe_data(
         "validation": read_validation_data(task, source, columns=columns),
         "test": read_task_data(task, source, columns=columns),
     }
-    splits = {
-        name: _embedded(encoder, data, cache, batch_size, num_workers)
-        for name, data in found.items()
-        if data is not None
-    }
+    splits: dict[str, ProbeSplit] = {}
+    set_aside: dict[str, dict[str, int]] = {}
+    for name, data in found.items():
+        if data is not None:
+            splits[name] = _embedded(encoder, data, cache, batch_size, num_workers)
+            unreadable = len(data.items) - len(splits[name].features)
+            set_aside[name] = {reason: count for reason, count in data.counts.items() if reason != "in use"}
+            set_aside[name] |= {"image could not be read": unreadable} if unreadable else {}
     tested = found["test"]
     assert tested is not None  # reading it raises where there is none
-    return ProbeData(splits, tuple(tested.class_names))
+    return ProbeData(splits, tuple(tested.class_names), set_aside)
 
 
 def _embedded(encoder: Encoder, data: TaskData, cache: Path | None, batch_size: int, num_workers: int) -> ProbeSplit:
