@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -144,3 +145,17 @@ def test_a_split_is_written_by_one_process_at_a_time(tmp_path):
         pass
     with import_lock(tmp_path, "train"):
         pass
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and then something else"])
+def test_a_shard_that_is_no_parquet_file_is_named(tmp_path, content):
+    (tmp_path / "train-00000-of-00001.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet is no readable Parquet file"):
+        find_shards(tmp_path, "train")
+
+
+def test_a_shard_of_other_columns_is_refused(tmp_path):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    pq.write_table(pa.table({"caption": ["x"]}), path)
+    with pytest.raises(ValueError, match=r"lacks the columns \['concepts', 'image', 'row_id'\]"):
+        list(read_figure_rows([path]))

@@ -40,6 +40,22 @@ def test_json_lines_are_read_and_answers_normalised(tmp_path):
     assert drops == []
 
 
+def test_a_line_separator_inside_of_a_text_ends_no_line(tmp_path):
+    put_image(tmp_path, "a.png")
+    record = json.dumps(question(question="Is it\u2028there?"), ensure_ascii=False)
+    (tmp_path / "train.jsonl").write_text(record + "\n", encoding="utf-8")
+    rows, _ = read_questions(tmp_path, "train")
+    assert [row.question for row in rows] == ["Is it\u2028there?"]
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"\xff", "cannot be read as text"), (b"[" * 5000, "is not JSON")])
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
+def test_what_is_no_text_or_nests_without_end_is_refused_by_name(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        read_questions(tmp_path, "train")
+
+
 def test_every_bad_question_is_set_aside_with_its_reason(tmp_path):
     put_image(tmp_path, "a.png")
     bad = {

@@ -183,8 +183,15 @@ class FigureShardWriter:
 
 
 def read_shard_metadata(path: Path) -> dict[str, Any]:
-    """What `FigureShardWriter.commit` put into the footer; empty for shards of other writers."""
-    stored = pq.read_metadata(path).metadata or {}
+    """What `FigureShardWriter.commit` put into the footer; empty for shards of other writers.
+
+    Raises:
+        ValueError: it is no readable Parquet file.
+    """
+    try:
+        stored = pq.read_metadata(path).metadata or {}
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is no readable Parquet file: {error}. Download or build it again.") from error
     return json.loads(stored.get(b"medclip_hf", b"{}"))
 
 
@@ -249,8 +256,15 @@ def find_shards(folder: Path, split: str) -> list[Path]:
 
 
 def read_figure_rows(shards: Iterable[Path]) -> Iterator[FigureRow]:
-    """The rows of shards, in order, one row group in memory at a time."""
+    """The rows of shards, in order, one row group in memory at a time.
+
+    Raises:
+        ValueError: a shard is no readable Parquet file, or lacks what a row needs.
+    """
     for path in shards:
+        read_shard_metadata(path)
+        if missing := sorted({"row_id", "caption", "image", "concepts"} - set(pq.read_schema(path).names)):
+            raise ValueError(f"{path} lacks the columns {missing}, which a row of a figure needs.")
         for batch in pq.ParquetFile(path).iter_batches(batch_size=ROWS_PER_GROUP):
             yield from map(record_to_row, batch.to_pylist())
 

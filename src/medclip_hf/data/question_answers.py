@@ -135,7 +135,7 @@ def _find_layout(
     """The file of the split, its entries, and how to read one (None: it belongs to another split)."""
     lines, slake, rad = folder / f"{split}.jsonl", folder / f"{SLAKE_SPLITS[split]}.json", folder / VQA_RAD_FILE
     if lines.is_file():
-        texts = lines.read_text(encoding="utf-8").splitlines()
+        texts = _read_text(lines).split("\n")  # splitlines would also cut at separators inside of a text
         return lines, [_parsed(text, f"{lines} line {n}") for n, text in enumerate(texts, 1) if text.strip()], _plain
     for path, read in ((slake, _slake), (rad, lambda record, number: _vqa_rad(record, number, split))):
         if path.is_file():
@@ -196,15 +196,18 @@ def _checked(row: QuestionRow, folder: Path, known: dict[str, QuestionRow]) -> Q
 
 
 def _read_json(path: Path) -> Any:
+    return _parsed(_read_text(path), str(path))
+
+
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as text: {error}") from error
-    return _parsed(text, str(path))
 
 
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from error

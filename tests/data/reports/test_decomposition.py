@@ -429,3 +429,18 @@ def test_a_table_that_cannot_be_read_is_refused_with_its_name(tmp_path, content,
     with pytest.raises(ValueError, match=message) as error:
         list(read_reports(path))
     assert "reports.csv" in str(error.value)
+
+
+def test_a_row_whose_texts_an_unquoted_comma_cut_is_set_aside(tmp_path):
+    path = tmp_path / "reports.csv"
+    path.write_text('VolumeName,Findings_EN,Impressions_EN\na,Lungs are clear, no effusion.,\nb,"Clear, no nodule.",\n')
+    quality = decompose_table(read_reports(path), tmp_path, ("lung",), by_rules)
+    assert quality.num_set_aside == {"another number of fields than the header": 1}
+    assert quality.num_reports == 1
+
+
+def test_a_quote_that_is_never_closed_does_not_swallow_the_rest_of_the_table(tmp_path):
+    path = tmp_path / "reports.csv"
+    path.write_text('VolumeName,Findings_EN,Impressions_EN\na,Clear.,\nb,"Clear.,\nc,Clear.,\n')
+    with pytest.raises(ValueError, match=r"reports\.csv, after line 2: unexpected end"):
+        list(read_reports(path))

@@ -34,12 +34,16 @@ class ReportColumns:
 
 @dataclass(frozen=True)
 class ReportRow:
-    """The report of a study; `line` is where its row ends in the table, for messages."""
+    """The report of a study; `line` is where its row ends in the table, for messages.
+
+    `is_ragged` tells a row with more or fewer fields than the header: a comma outside of quotes has cut its texts.
+    """
 
     study_id: str
     findings: str
     impression: str
     line: int
+    is_ragged: bool = False
 
 
 def study_of_volume(name: str) -> str:
@@ -56,14 +60,15 @@ def read_reports(path: Path | str, columns: ReportColumns | None = None) -> Iter
         columns: their names.
 
     Raises:
-        ValueError: where the file is missing, is no UTF-8 text, or lacks a column.
+        ValueError: where the file is missing, is no UTF-8 text, lacks a column, or breaks the rules of CSV, as by a
+            quote that is never closed.
     """
     path, columns = Path(path), columns or ReportColumns()
     wanted = (columns.study, columns.findings, columns.impression)
     if not path.is_file():
         raise ValueError(f"There is no table of reports at {path}.")
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, strict=True)
         try:
             missing = [name for name in wanted if name not in (reader.fieldnames or ())]
             if missing:
@@ -73,11 +78,12 @@ def read_reports(path: Path | str, columns: ReportColumns | None = None) -> Iter
                 )
             for row in reader:
                 study, findings, impression = (row[name] or "" for name in wanted)
-                yield ReportRow(study_of_volume(study), findings, impression, reader.line_num)
+                is_ragged = None in row or None in row.values()  # fields beyond the header; missing ones
+                yield ReportRow(study_of_volume(study), findings, impression, reader.line_num, is_ragged)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error}). Convert it first.") from error
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}.") from error
+            raise ValueError(f"{path}, after line {reader.line_num}: {error}.") from error
 
 
 def decompose_table(
@@ -128,7 +134,15 @@ def _judge_rows(rows: Iterable[ReportRow]) -> Iterator[tuple[ReportRow, Drop | N
                 yield row, Drop("another report of the same study")
             continue
         known[row.study_id] = report
-        yield row, Drop("study without a name") if not row.study_id else check_report(row.findings, row.impression)
+        yield row, _fault(row)
+
+
+def _fault(row: ReportRow) -> Drop | None:
+    if not row.study_id:
+        return Drop("study without a name")
+    if row.is_ragged:
+        return Drop("another number of fields than the header", "put texts that hold commas in quotes")
+    return check_report(row.findings, row.impression)
 
 
 def _plain(drop: Drop) -> dict[str, str]:
