@@ -20,6 +20,7 @@ from medclip_hf.data.ct.sources import rad_chestct_labels, rad_chestct_patients
 from medclip_hf.evaluation.ct_zero_shot import RAD_CHESTCT_TO_CT_RATE, published_operating_point
 from medclip_hf.evaluation.decisions import ScoredFindings, figures_with_chosen_thresholds
 from medclip_hf.evaluation.intervals import mean_with_interval
+from medclip_hf.evaluation.metrics import auroc
 from medclip_hf.evaluation.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -345,8 +346,11 @@ def _published(tested: ScoredFindings) -> dict[str, Any]:
         if truth.all() or not truth.any():
             undefined.append(finding)
             continue
-        points[finding] = asdict(published_operating_point(tested.scores[:, column], truth))
-    names = ("accuracy", "sensitivity", "specificity", "precision", "weighted_f1")
+        scores = np.nan_to_num(tested.scores[:, column], nan=0.0)
+        area = auroc(scores, truth)
+        assert area is not None  # both classes occur
+        points[finding] = {"auroc": area, **asdict(published_operating_point(scores, truth))}
+    names = ("auroc", "accuracy", "sensitivity", "specificity", "precision", "weighted_f1")
     means = {
         name: mean_with_interval([point[name] for point in points.values()], num_resamples=0).value for name in names
     }
