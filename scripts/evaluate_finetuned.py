@@ -14,24 +14,22 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 import medclip_hf  # noqa: F401 - makes the Auto classes know the models
 from medclip_hf.data.ct.geometry import UnusableScan
-from medclip_hf.data.hospital.rows import DATASET_FILE, GROUP_COLUMNS, read_dataset_facts, read_subgroups
+from medclip_hf.data.hospital.rows import PatientGroups, read_subgroups
 from medclip_hf.data.parquet import require_writable, write_text_atomically
-from medclip_hf.evaluation.calibration import fit_temperature, reliability_curve
-from medclip_hf.evaluation.classification import ClassificationFigures, classification_figures
+from medclip_hf.evaluation.calibration import reliability_curve
 from medclip_hf.evaluation.ct_zero_shot import (
     CT_RATE_FINDINGS,
     Finding,
@@ -39,12 +37,21 @@ from medclip_hf.evaluation.ct_zero_shot import (
     embed_findings,
     embed_scan,
 )
-from medclip_hf.evaluation.curves import roc_curve_band, threshold_at_specificity
+from medclip_hf.evaluation.curves import roc_curve_band
+from medclip_hf.evaluation.label_predictions import (
+    FigureOptions,
+    LabelPredictions,
+    best_temperature,
+    groups_left_out,
+    label_figures,
+    subgroup_figures,
+    thresholds_at_specificity,
+)
 from medclip_hf.explain.evaluation_report import figure_table, write_evaluation_report
 from medclip_hf.explain.plots import MAX_CURVES, reliability_plot, roc_plot
 from medclip_hf.explain.report import Picture
 from medclip_hf.hub.cards import ModelFacts, write_card
-from medclip_hf.hub.results import MeasuredFigure
+from medclip_hf.hub.finetuned_card import finetuned_facts
 from medclip_hf.training.classification import (
     LabelledFigureCollator,
     LabelledFigureDataset,
@@ -55,9 +62,6 @@ from medclip_hf.training.classification import (
 from medclip_hf.training.lora import MODEL_CLASSES, load_adapters, read_base_facts
 
 logger = logging.getLogger("evaluate_finetuned")
-
-Floats = NDArray[np.float64]
-MIN_PATIENTS = 10  # of a subgroup: figures of fewer say little, and come close to telling of a person
 
 
 @dataclass(frozen=True)
@@ -81,29 +85,6 @@ class Loaded:
     findings: dict[str, str] | None
     prompts: dict[str, Any] | None
     is_adapter: bool
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What the model says of a split, and what is true.
-
-    Args:
-        logits: (N, K), NaN where an anatomy is missing.
-        labels: (N, K) 1, 0, NaN where unknown.
-        patients: (N,).
-        row_ids: N.
-        num_unreadable: rows that could not be read.
-    """
-
-    logits: Floats
-    labels: Floats
-    patients: NDArray[np.str_]
-    row_ids: list[str]
-    num_unreadable: int
-
-    def known(self) -> NDArray[np.bool_]:
-        """(N, K): label and logit are both there."""
-        return ~np.isnan(self.logits) & ~np.isnan(self.labels)
 
 
 def main(command_line: list[str] | None = None) -> int:
@@ -217,14 +198,14 @@ def read_prompts(path: Path | None, model: Path) -> dict[str, Any]:
 # Predictions -------------------------------------------------------------------------------------------------------
 
 
-def predict(loaded: Loaded, split: str, options: argparse.Namespace) -> Predictions:
+def predict(loaded: Loaded, split: str, options: argparse.Namespace) -> LabelPredictions:
     """The logits and labels of a split."""
     is_ct = loaded.model.config.model_type == "fvlm"
     return predict_scans(loaded, split, options) if is_ct else predict_images(loaded, split, options)
 
 
 @torch.no_grad()
-def predict_images(loaded: Loaded, split: str, options: argparse.Namespace) -> Predictions:
+def predict_images(loaded: Loaded, split: str, options: argparse.Namespace) -> LabelPredictions:
     """Every image as a whole, squeezed to the model's input as the processor does."""
     size = loaded.model.config.vision_config.image_size
     dataset = LabelledFigureDataset(options.data, split, classes=loaded.classes, image_size=size, crop_scale=None)
@@ -238,11 +219,13 @@ def predict_images(loaded: Loaded, split: str, options: argparse.Namespace) -> P
         device=torch.device(options.device),
         description=split,
     )
-    return Predictions(
+    return LabelPredictions(
         logits.double().numpy(),
         dataset.labels[rows].astype(np.float64),
         np.array(dataset.patient_ids)[rows],
-        [dataset.row_ids[row] for row in rows],
+        tuple(dataset.row_ids[row] for row in rows),
+        loaded.classes,
+        loaded.is_single_label,
         len(dataset) - len(rows),
     )
 
@@ -266,7 +249,7 @@ def image_prompts(loaded: Loaded, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def predict_scans(loaded: Loaded, split: str, options: argparse.Namespace) -> Predictions:
+def predict_scans(loaded: Loaded, split: str, options: argparse.Namespace) -> LabelPredictions:
     """Every study's first scan as a whole, in windows around its anatomies."""
     config = loaded.model.config
     size_dhw: Any = tuple(config.vision_config.image_size_dhw)
@@ -296,11 +279,13 @@ def predict_scans(loaded: Loaded, split: str, options: argparse.Namespace) -> Pr
         kept.append(place)
     if not kept:
         raise ValueError(f"none of {len(dataset)} scans in the split {split} of {options.data} could be read.")
-    return Predictions(
+    return LabelPredictions(
         torch.stack(logits).double().cpu().numpy(),
         dataset.labels[kept].astype(np.float64),
         np.array(dataset.patient_ids)[kept],
-        [dataset.row_ids[place] for place in kept],
+        tuple(dataset.row_ids[place] for place in kept),
+        loaded.classes,
+        loaded.is_single_label,
         len(dataset) - len(kept),
     )
 
@@ -325,30 +310,30 @@ def asked_logits(loaded: Loaded, embeds: torch.Tensor, asked: FindingEmbeddings)
 
 def evaluate(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]:
     """Everything that is told of the model; also written to the output folder."""
+    told = FigureOptions(options.specificity, options.num_resamples, options.seed)
     has_validation = options.validation_split != "none"
-    validation = usable(predict(loaded, options.validation_split, options), loaded) if has_validation else None
-    test = usable(predict(loaded, options.split, options), loaded)
+    validation = predict(loaded, options.validation_split, options).usable() if has_validation else None
+    test = predict(loaded, options.split, options).usable()
+    temperature = thresholds = None
     if validation is not None:
         patients = {options.validation_split: validation.patients.tolist(), options.split: test.patients.tolist()}
         check_patients_disjoint(patients)
-    temperature = None if validation is None else temperature_of(validation, loaded)
-    thresholds = (
-        None if validation is None else thresholds_of(validation, loaded, temperature or 1.0, options.specificity)
-    )
-    measured = figures(test, loaded, temperature or 1.0, options, thresholds)
+        temperature = best_temperature(validation)
+        thresholds = thresholds_at_specificity(validation, temperature or 1.0, options.specificity)
     evaluation = {
         "split": options.split,
         "classes": list(loaded.classes),
         "protocol": protocol_name(loaded),
         "num_unreadable": test.num_unreadable,
+        "specificity": options.specificity,
         "temperature": temperature,
         "thresholds": thresholds,
-        "figures": measured.as_dict(),
-        "ece_before_temperature": figures(test, loaded, 1.0, options).as_dict()["overall"].get("ece"),
-        "subgroups": subgroups(test, loaded, temperature or 1.0, options),
+        "figures": label_figures(test, temperature or 1.0, told, thresholds).as_dict(),
+        "ece_before_temperature": label_figures(test, 1.0, told).as_dict()["overall"].get("ece"),
+        "subgroups": subgroup_figures(test, groups_of(options), temperature or 1.0, told),
     }
     write_text_atomically(options.output / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
-    write_pictures(test, loaded, temperature, evaluation, options)
+    write_pictures(test, temperature, evaluation, options)
     return evaluation
 
 
@@ -358,124 +343,25 @@ def protocol_name(loaded: Loaded) -> str:
     return f"{kind}, adapter" if loaded.is_adapter else kind
 
 
-def usable(predictions: Predictions, loaded: Loaded) -> Predictions:
-    """Without the rows of a single-label task that do not have exactly one label."""
-    if not loaded.is_single_label:
-        return predictions
-    kept = np.nansum(predictions.labels, axis=1) == 1
-    if not kept.any():
-        raise ValueError("no row has exactly one of the classes.")
-    return select(predictions, kept, predictions.num_unreadable + int((~kept).sum()))
-
-
-def select(predictions: Predictions, kept: NDArray[np.bool_], num_unreadable: int = 0) -> Predictions:
-    """Some of the rows."""
-    return Predictions(
-        predictions.logits[kept],
-        predictions.labels[kept],
-        predictions.patients[kept],
-        [row for row, is_kept in zip(predictions.row_ids, kept, strict=True) if is_kept],
-        num_unreadable,
-    )
-
-
-def probabilities(predictions: Predictions, loaded: Loaded, temperature: float) -> Floats:
-    """(N, K), 0 where unknown."""
-    scaled = torch.from_numpy(np.nan_to_num(predictions.logits) / temperature)
-    return (scaled.softmax(dim=1) if loaded.is_single_label else scaled.sigmoid()).numpy()
-
-
-def figures(
-    predictions: Predictions,
-    loaded: Loaded,
-    temperature: float,
-    options: argparse.Namespace,
-    thresholds: list[float] | None = None,
-) -> ClassificationFigures:
-    """All figures of the rows."""
-    scores = probabilities(predictions, loaded, temperature)
-    common = {
-        "groups": predictions.patients,
-        "specificity": options.specificity,
-        "num_resamples": options.num_resamples,
-        "seed": options.seed,
-    }
-    if loaded.is_single_label:
-        return classification_figures(scores, np.nan_to_num(predictions.labels).argmax(1), loaded.classes, **common)
-    known = predictions.known()
-    truth = np.where(known, predictions.labels, 0.0).astype(bool)
-    return classification_figures(
-        np.where(known, scores, 0.0), truth, loaded.classes, known=known, thresholds=thresholds, **common
-    )
-
-
-def temperature_of(validation: Predictions, loaded: Loaded) -> float | None:
-    """The temperature of the least log loss on validation; None where none improves it."""
+def groups_of(options: argparse.Namespace) -> dict[str, PatientGroups]:
+    """Row id → groups; empty for data of another script, which knows none."""
     try:
-        if loaded.is_single_label:
-            return fit_temperature(validation.logits, np.nan_to_num(validation.labels).argmax(1))
-        known = validation.known()
-        return fit_temperature(validation.logits[known][:, None], validation.labels[known][:, None].astype(int))
-    except ValueError as error:
-        logger.warning("no temperature was fitted: %s", error)
-        return None
-
-
-def thresholds_of(
-    validation: Predictions, loaded: Loaded, temperature: float, specificity: float
-) -> list[float] | None:
-    """For each label the probability that keeps the specificity on validation; None for a single label."""
-    if loaded.is_single_label:
-        return None
-    scores, known = probabilities(validation, loaded, temperature), validation.known()
-    found = []
-    for place, name in enumerate(loaded.classes):
-        truth = validation.labels[known[:, place], place] == 1
-        if truth.all():
-            logger.warning("%s: no validation row without it, so its threshold is 0.5", name)
-            found.append(0.5)
-        else:
-            chosen = threshold_at_specificity(scores[known[:, place], place], truth, specificity)
-            found.append(min(chosen, 1.0))
-    return found
-
-
-def subgroups(
-    test: Predictions, loaded: Loaded, temperature: float, options: argparse.Namespace
-) -> dict[str, dict[str, Any]]:
-    """Column → value → figures, for every column with two values or more; groups of few patients are named alone."""
-    try:
-        groups = read_subgroups(options.data, options.split)
+        return read_subgroups(options.data, options.split)
     except ValueError:
-        return {}  # prepared by another script, which knows no groups
-    found: dict[str, dict[str, Any]] = {}
-    for column in GROUP_COLUMNS:
-        values = np.array([asdict(groups[row])[column] if row in groups else "" for row in test.row_ids])
-        names = [name for name in np.unique(values) if name]
-        if len(names) < 2:
-            continue
-        found[column] = {}
-        for name in names:
-            member = select(test, values == name)
-            num_patients = len(np.unique(member.patients))
-            if num_patients < MIN_PATIENTS:
-                found[column][str(name)] = {"left_out": f"fewer than {MIN_PATIENTS} patients"}
-                continue
-            found[column][str(name)] = figures(member, loaded, temperature, options).as_dict()
-    return found
+        return {}
 
 
 # What is written ---------------------------------------------------------------------------------------------------
 
 
 def write_pictures(
-    test: Predictions, loaded: Loaded, temperature: float | None, evaluation: Mapping[str, Any], options: Any
+    test: LabelPredictions, temperature: float | None, evaluation: Mapping[str, Any], options: argparse.Namespace
 ) -> None:
     """The reliability and ROC pictures, and the report that holds them."""
     bootstrap = {"num_resamples": options.num_resamples, "seed": options.seed}
-    said = {"as trained": chosen_outcomes(test, loaded, 1.0)}
+    said = {"as trained": test.outcomes(1.0)}
     if temperature is not None:
-        said[f"temperature {temperature:.2f}"] = chosen_outcomes(test, loaded, temperature)
+        said[f"temperature {temperature:.2f}"] = test.outcomes(temperature)
     curves = {
         name: reliability_curve(values, truth, groups=patients, **bootstrap)
         for name, (values, truth, patients) in said.items()
@@ -483,10 +369,10 @@ def write_pictures(
     reliability = reliability_plot(curves, title="Reliability on the test patients")
     (options.output / "reliability.png").write_bytes(reliability)
     pictures = [Picture(reliability, "What was said and what came true, all labels together.")]
-    scores, known = probabilities(test, loaded, temperature or 1.0), test.known()
+    scores, known = test.probabilities(temperature or 1.0), test.known()
     bands = {
         name: roc_curve_band(scores[rows, k], test.labels[rows, k] == 1, groups=test.patients[rows], **bootstrap)
-        for k, name in enumerate(loaded.classes)
+        for k, name in enumerate(test.classes)
         for rows in [known[:, k]]
     }
     shown = {name: band for name, band in bands.items() if band is not None}
@@ -505,112 +391,29 @@ def write_pictures(
         "Asked by": evaluation["protocol"],
         "Temperature": "not fitted" if temperature is None else f"{temperature:.3f}, fitted on validation",
         "Rows that could not be read": str(evaluation["num_unreadable"]),
-        "Groups left out": left_out(evaluation["subgroups"]) or "none",
+        "Groups left out": groups_left_out(evaluation["subgroups"]) or "none",
     }
     write_evaluation_report(
         options.output / "report.html", "Fine-tuned model on the test patients", models, facts=facts, pictures=pictures
     )
 
 
-def left_out(subgroups: Mapping[str, Mapping[str, Any]]) -> str:
-    """The groups of too few patients."""
-    return ", ".join(
-        f"{column} {value}"
-        for column, entries in subgroups.items()
-        for value, entry in entries.items()
-        if "left_out" in entry
-    )
-
-
-def chosen_outcomes(
-    test: Predictions, loaded: Loaded, temperature: float
-) -> tuple[Floats, NDArray[np.bool_], NDArray[np.str_]]:
-    """Probabilities, whether they came true, and patients: of the chosen class, or of every known label."""
-    scores = probabilities(test, loaded, temperature)
-    if loaded.is_single_label:
-        return scores.max(axis=1), scores.argmax(1) == np.nan_to_num(test.labels).argmax(1), test.patients
-    known = test.known()
-    return scores[known], test.labels[known] == 1, np.broadcast_to(test.patients[:, None], known.shape)[known]
-
-
 def card_facts(loaded: Loaded, evaluation: Mapping[str, Any], options: argparse.Namespace) -> ModelFacts:
-    """What the card says; no path and no identifier."""
-    overall = evaluation["figures"]["overall"]
-    told = {
-        "auroc": "AUROC",
-        "auprc": "AUPRC",
-        "sensitivity_at_specificity": f"sensitivity at specificity {options.specificity:g}",
-        "ece": "expected calibration error",
-    }
-    shown = [name for name in told if name in overall]
-    measured = tuple(
-        MeasuredFigure(
-            metric=f"{told[name]}, mean of {len(evaluation['classes'])} labels",
-            value=overall[name]["value"],
-            low=overall[name]["low"],
-            high=overall[name]["high"],
-            data=f"own data, {evaluation['split']} patients",
-            num_samples=evaluation["figures"]["num_samples"],
-            num_patients=evaluation["figures"]["num_groups"],
-            protocol=evaluation["protocol"],
-            dataset_id=options.dataset_id,
-            task_id=name,
-        )
-        for name in shown
-    )
-    model_type: Literal["conceptclip", "fvlm"] = loaded.model.config.model_type
-    return ModelFacts(
-        name=options.name or options.model.resolve().parent.name,
-        model_type=model_type,
-        summary=f"Fine-tuned for: {', '.join(evaluation['classes'])}.",
-        license=options.license,
-        pipeline_tag="image-classification" if loaded.prompts is None and model_type == "conceptclip" else None,
-        base_model=options.base_model,
-        base_model_relation=("adapter" if loaded.is_adapter else "finetune") if options.base_model else None,
+    """What the card says."""
+    return finetuned_facts(
+        options.model,
+        options.data,
+        evaluation,
+        name=options.name,
+        model_type=loaded.model.config.model_type,
+        has_head=loaded.prompts is None,
         is_adapter=loaded.is_adapter,
-        auto_class="AutoModelForImageClassification" if loaded.prompts is None else "AutoModel",
-        training_data=" ".join([options.data_description, counts_in_words(options.data)]).strip(),
-        training=training_facts(options.model, evaluation),
-        figures=measured,
-        intended_use="Research at the hospital whose data it was fine-tuned on.",
-        limits=(
-            "Measured on the patients of one hospital: elsewhere scanners, wording and patients differ, and so will "
-            "the figures.",
-            *((f"Too few patients to measure: {few}.",) if (few := left_out(evaluation["subgroups"])) else ()),
-        ),
+        license=options.license,
+        base_model=options.base_model,
+        data_description=options.data_description,
+        dataset_id=options.dataset_id,
+        left_out=groups_left_out(evaluation["subgroups"]),
     )
-
-
-def counts_in_words(data: Path) -> str:
-    """How many rows and patients each split has, where the data tell."""
-    if not (data / DATASET_FILE).is_file():
-        return ""
-    counts = read_dataset_facts(data).counts
-    told = [
-        f"{split}: {entry['rows']} rows of {entry['patients']} patients"
-        for split, entry in counts.items()
-        if {"rows", "patients"} <= entry.keys()
-    ]
-    return ("Patients are in one split alone. " + "; ".join(told) + ".") if told else ""
-
-
-def training_facts(model: Path, evaluation: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
-    """What matters of the run that wrote the model, from its `run.json` if that lies beside it."""
-    facts: dict[str, str | int | float | bool] = {}
-    record = model.parent / "run.json"
-    if record.is_file():
-        content = json.loads(record.read_text(encoding="utf-8"))
-        recipe, arguments = content.get("recipe", {}), content.get("arguments", {})
-        facts |= {f"method.{name}": str(value) for name, value in recipe.get("method", {}).items()}
-        facts |= {
-            name: arguments[name]
-            for name in ("learning_rate", "batch_size_per_process", "mixed_precision", "seed")
-            if name in arguments
-        }
-        facts["steps"] = content.get("step", "unknown")
-    if evaluation["temperature"] is not None:
-        facts["temperature for probabilities"] = round(evaluation["temperature"], 4)
-    return facts
 
 
 if __name__ == "__main__":
