@@ -124,6 +124,7 @@ def test_it_is_saved_and_loaded_with_its_answers(model, inputs, tmp_path):
         ({"pixel_values": torch.zeros(1, 3, 12, 12)}, "Each question needs its image"),
         ({"input_ids": torch.ones(2, 11, dtype=torch.long), "attention_mask": None}, "1 to 10 tokens"),
         ({"input_ids": torch.ones(2, 0, dtype=torch.long), "attention_mask": None}, "1 to 10 tokens"),
+        ({"attention_mask": torch.ones(2, 3, dtype=torch.long)}, "attention_mask should be"),
         ({"labels": torch.tensor([0, 3])}, "labels hold 3, but the vocabulary has 3 answers"),
         ({"labels": torch.tensor([[0], [1]])}, "labels should be"),
     ],

@@ -224,7 +224,7 @@ class ConceptCLIPForVisualQuestionAnswering(PreTrainedModel):
         Raises:
             ValueError: shapes that do not fit, or a label outside the vocabulary.
         """
-        self._check_inputs(input_ids, pixel_values, labels)
+        self._check_inputs(input_ids, pixel_values, attention_mask, labels)
         if attention_mask is None:
             attention_mask = input_ids.ne(self.config.text_config.pad_token_id or 0).long()
         patches = self.vision_model(pixel_values, return_dict=True).last_hidden_state  # (B, P, embed_dim)
@@ -256,7 +256,9 @@ class ConceptCLIPForVisualQuestionAnswering(PreTrainedModel):
             )
         return image, text
 
-    def _check_inputs(self, input_ids: Tensor, pixel_values: Tensor, labels: Tensor | None) -> None:
+    def _check_inputs(
+        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None, labels: Tensor | None
+    ) -> None:
         vision, max_tokens = self.config.vision_config, self.config.text_config.max_position_embeddings
         if pixel_values.dim() != 4 or pixel_values.shape[1:] != (
             vision.num_channels,
@@ -269,6 +271,10 @@ class ConceptCLIPForVisualQuestionAnswering(PreTrainedModel):
             )
         if input_ids.dim() != 2 or not 1 <= input_ids.shape[1] <= max_tokens:
             raise ValueError(f"input_ids should be (B, T) with 1 to {max_tokens} tokens, got {tuple(input_ids.shape)}.")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask should be {tuple(input_ids.shape)} like input_ids, got {tuple(attention_mask.shape)}."
+            )
         if len(input_ids) != len(pixel_values):
             raise ValueError(f"Each question needs its image, got {len(input_ids)} and {len(pixel_values)}.")
         if labels is not None and labels.shape != (len(input_ids),):
