@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor
 
 import medclip_hf  # noqa: F401 - makes the Auto classes know fVLM
 from medclip_hf.data.ct.geometry import GeometryContract
@@ -33,6 +32,8 @@ from medclip_hf.evaluation.ct_zero_shot import (
     embed_findings,
     score_to_csv,
 )
+from medclip_hf.hub.loading import load_saved
+from medclip_hf.modeling.fvlm import FVLMModel
 from medclip_hf.pipelines.pipeline_ct import window_of
 from medclip_hf.training.scan_datasets import stored_scan_inputs
 
@@ -80,8 +81,10 @@ def main(command_line: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> dict[str, int]:
     """Load model and processor, find scans and findings, score."""
-    model = AutoModel.from_pretrained(options.model, revision=options.revision).to(options.device).eval()
-    processor = AutoProcessor.from_pretrained(options.model, revision=options.revision)
+    model, processor = load_saved(options.model, revision=options.revision)
+    if not isinstance(model, FVLMModel):
+        raise ValueError(f"{options.model} is a {type(model).__name__}, but an FVLMModel is needed.")
+    model.to(options.device)
     scans = list(find_scans(options, model, processor.image_processor))
     if not scans:
         raise ValueError("there is no scan to score: name a folder that holds NIfTI files, DICOM folders or npz files.")

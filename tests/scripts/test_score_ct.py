@@ -1,5 +1,6 @@
 import csv
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -179,6 +180,17 @@ def test_findings_that_cannot_be_scored_are_refused(script, model, scans, tmp_pa
 def test_a_source_that_is_not_there_is_named(script, model, tmp_path, capsys, options, message):
     assert score(script, model, tmp_path / "s.csv", *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_lacks_weights_is_refused(script, model, scans, tmp_path, capsys):
+    """Its scores would be random, and look like any others."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    assert score(script, folder, tmp_path / "s.csv", "--images", tmp_path, "--labels", tmp_path) == 2
+    assert "its weights are not those of its configuration" in capsys.readouterr().err
+    assert not (tmp_path / "s.csv").exists()
 
 
 def test_an_empty_folder_is_named(script, model, tmp_path, capsys):
