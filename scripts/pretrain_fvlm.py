@@ -91,6 +91,7 @@ class DataSection:
         validation_split: name of the split validated on; None: no validation.
         flip_probability: of each axis (depth, height, width).
         max_length: of a text in tokens, [CLS] and [SEP] counted.
+        text_buckets: groups of like length that the texts of a batch are encoded in, each padded to its longest.
         whole_volume: compare whole volumes with whole reports; the config then names one anatomy, such as [body].
     """
 
@@ -99,6 +100,7 @@ class DataSection:
     validation_split: str | None = None
     flip_probability: tuple[float, float, float] = (PUBLISHED_FLIP_PROBABILITY,) * 3
     max_length: int = 384
+    text_buckets: int = 4
     whole_volume: bool = False
 
 
@@ -173,7 +175,7 @@ def run(recipe: dict[str, Any], sections: dict[str, Any], resume: bool | Path, a
         processor, data.max_length, reduce_false_negatives=loss.reduce_false_negatives, raw_pixels=True
     )
     with what_is_named("loss"):
-        objective = build_objective(loss, model)
+        objective = build_objective(loss, model, data.text_buckets)
 
     evaluate_fn = None
     if data.validation_split is not None:
@@ -289,17 +291,19 @@ def check_fit(model: FVLMModel, processor: FVLMProcessor, dataset: ScanDataset, 
         raise ValueError(f"the scans in {dataset.folder} do not fit the model: {told}. Prepare them again.")
 
 
-def build_objective(loss: LossSection, model: FVLMModel) -> FVLMObjective:
+def build_objective(loss: LossSection, model: FVLMModel, text_buckets: int) -> FVLMObjective:
     """The disease-aware loss, with what corrects the targets of abnormal scans."""
     anatomies = model.config.anatomies
     if loss.abnormal == "text_teacher":
-        return CalibratedFVLMObjective(anatomies, TextTeacher(model, loss.teacher_momentum))
+        teacher = TextTeacher(model, loss.teacher_momentum)
+        return CalibratedFVLMObjective(anatomies, teacher, text_buckets=text_buckets)
     if loss.abnormal == "peer":
         peer = FVLMModel.from_pretrained(loss.peer_model, dtype=torch.float32)
         if peer.config.anatomies != anatomies:
             raise ValueError(f"{loss.peer_model} has the anatomies {peer.config.anatomies}, the model {anatomies}.")
-        return CalibratedFVLMObjective(anatomies, PeerModel(peer, loss.peer_weight, loss.peer_ramp_steps))
-    return FVLMObjective(anatomies)
+        calibration = PeerModel(peer, loss.peer_weight, loss.peer_ramp_steps)
+        return CalibratedFVLMObjective(anatomies, calibration, text_buckets=text_buckets)
+    return FVLMObjective(anatomies, text_buckets=text_buckets)
 
 
 def make_evaluate_fn(

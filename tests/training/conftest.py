@@ -40,7 +40,7 @@ def tiny():
 class Processes:
     """The processes of one run, started together."""
 
-    def __init__(self, context, folder, arguments, options, num_processes, environment):
+    def __init__(self, context, folder, script, arguments, options, num_processes, environment):
         common = {"CUDA_VISIBLE_DEVICES": ""} | environment
         if num_processes > 1:
             common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(num_processes)}
@@ -50,7 +50,7 @@ class Processes:
             names = {
                 "output_path": str(output),
                 "environment": common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else {}),
-                "command": [str(TINY_TRAINING), json.dumps(arguments), *options],
+                "command": [str(script), json.dumps(arguments), *options],
             }
             self.processes.append(context.Process(target=exec, args=(START, names)))
             self.processes[-1].start()
@@ -87,7 +87,7 @@ def _free_port():
 
 @pytest.fixture(scope="session")
 def start_tiny(tmp_path_factory):
-    """Starts the tiny training in processes of its own: (arguments, *options, num_processes) -> Processes.
+    """Starts a training in processes of its own: (arguments, *options, num_processes, ...) -> Processes.
 
     They are forked from a server that has imported everything and computed nothing: a start takes no 8 CPU seconds.
     """
@@ -95,9 +95,9 @@ def start_tiny(tmp_path_factory):
     context.set_forkserver_preload(["medclip_hf.training.loop", "transformers.modeling_utils"])
     started = []
 
-    def start(arguments, *options, num_processes=1, environment=None):
+    def start(arguments, *options, num_processes=1, environment=None, script=TINY_TRAINING):
         folder = tmp_path_factory.mktemp("processes")
-        started.append(Processes(context, folder, arguments, options, num_processes, environment or {}))
+        started.append(Processes(context, folder, script, arguments, options, num_processes, environment or {}))
         return started[-1]
 
     yield start

@@ -19,6 +19,7 @@ from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from medclip_hf.modeling.fvlm import FVLMConfig, FVLMModel
+from medclip_hf.training import text_lengths
 from medclip_hf.training.calibration import CalibratedFVLMObjective, PeerModel, TextTeacher
 from medclip_hf.training.gradients import StatefulObjective, backward
 from medclip_hf.training.objectives import FVLMObjective
@@ -204,9 +205,27 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(kind):
             torch.testing.assert_close(two.grad, one.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+def test_texts_in_groups_by_length_give_the_gradient_of_one_group(monkeypatch, num_micro_batches):
+    monkeypatch.setattr(text_lengths, "_TOKENS_PER_BUCKET", 1)  # the texts have 3 to 6 tokens
+    batch = make_batch(SCANS["all"])
+    lengths, order = batch["attention_mask"].sum(dim=1).sort(descending=True, stable=True)
+    batch |= {name: batch[name][order] for name in ("input_ids", "attention_mask", "text_ids")}
+    places = torch.cat([order.argsort(), torch.tensor([-1])])
+    batch |= {"text_index": places[batch["text_index"]], "text_lengths": lengths.tolist()}
+    models = {text_buckets: tiny_model() for text_buckets in (1, 3)}
+    for text_buckets, model in models.items():
+        objective = FVLMObjective(ANATOMIES, text_buckets=text_buckets)
+        backward(model, objective, batch, num_micro_batches, Accelerator(cpu=True))
+    for one, two in zip(models[1].parameters(), models[3].parameters(), strict=True):
+        torch.testing.assert_close(two.grad, one.grad, rtol=1e-9, atol=1e-12)
+
+
 def test_a_batch_cannot_be_split_into_nothing():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         FVLMObjective(ANATOMIES).split(make_batch(SCANS["all"]), 0)
+    with pytest.raises(ValueError, match="text_buckets should be at least 1, got 0"):
+        FVLMObjective(ANATOMIES, text_buckets=0)
 
 
 # Calibrations ----------------------------------------------------------------------------------------------------

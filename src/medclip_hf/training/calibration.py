@@ -115,12 +115,15 @@ class CalibratedFVLMObjective(FVLMObjective):
     Args:
         anatomies: names of the model's anatomies, for the log.
         calibration: corrects the targets of abnormal scans.
+        text_buckets: as there; the calibration's own texts are encoded in one group.
     """
 
     calibration: TextTeacher | PeerModel
 
-    def __init__(self, anatomies: Sequence[str], calibration: TextTeacher | PeerModel) -> None:
-        super().__init__(anatomies, calibration)
+    def __init__(
+        self, anatomies: Sequence[str], calibration: TextTeacher | PeerModel, *, text_buckets: int = 1
+    ) -> None:
+        super().__init__(anatomies, calibration, text_buckets=text_buckets)
 
     def after_step(self, model: nn.Module) -> None:
         """Follow the unwrapped model after its optimiser step."""

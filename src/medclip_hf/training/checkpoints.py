@@ -78,6 +78,7 @@ def save_checkpoint(
     objective_state: dict[str, torch.Tensor] | None = None,
     keep: int | None = None,
     writer: sharded.ShardWriter | None = None,
+    whole: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None,
 ) -> Path:
     """The folder of a new checkpoint; every process calls this at the same step.
 
@@ -92,6 +93,7 @@ def save_checkpoint(
         keep: how many of the newest checkpoints stay; None: all.
         writer: writes weights and moments in shards, in the background; the folder is there once `finish_checkpoint`
             has come back. None: the main process writes them whole, now.
+        whole: weights by name and moments as "moment/name", where model and optimizer hold parts of them.
 
     Raises:
         OSError: any process could not write its part; all of them raise it, and earlier checkpoints are untouched.
@@ -109,9 +111,11 @@ def save_checkpoint(
         path = temporary / _random_state_name(accelerator.process_index)
         save_random_state(path, capture_random_state(accelerator.device))
         if is_main and writer is None:
-            _save_pretrained(temporary, model, processor)
-            _save_weights_left_out(temporary, model)
-            save_file(_optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
+            weights, moments = whole or (None, _optimizer_tensors(model, optimizer))
+            _save_pretrained(temporary, model, processor, weights)
+            if weights is None:
+                _save_weights_left_out(temporary, model)
+            save_file(moments, temporary / _OPTIMIZER)
         elif is_main:
             _save_configuration(temporary, model, processor)
         if is_main and objective_state is not None:

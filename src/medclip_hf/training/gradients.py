@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from medclip_hf.training import zero
 from medclip_hf.training.distributed import gather_counts
 from medclip_hf.training.sharded import exchange_later, is_sharded
 
@@ -81,13 +82,20 @@ def backward(
     What a `StreamingObjective` lets go by is never kept: the second passes over the images come first, each comparing
     its patches with all concepts, and the texts follow when every image has had its say in the concepts' gradients.
     """
-    if num_micro_batches == 1:
-        values = objective.compare(objective.embed(model, batch), batch)
-        values["loss"].backward()
-        return {name: value.detach() for name, value in values.items()}
+    with zero.one_exchange(model):
+        if num_micro_batches == 1:
+            values = objective.compare(objective.embed(model, batch), batch)
+            values["loss"].backward()
+        else:
+            values = _backward_by_micro_batches(model, objective, batch, num_micro_batches, accelerator)
+    return {name: value.detach() for name, value in values.items()}
 
+
+def _backward_by_micro_batches(
+    model: torch.nn.Module, objective: Objective, batch: Batch, num_micro_batches: int, accelerator: Accelerator
+) -> dict[str, Tensor]:
     micro_batches = objective.split(batch, num_micro_batches)
-    if is_sharded(model):
+    if is_sharded(model) or zero.is_engine(model):
         micro_batches = _equally_many(micro_batches, accelerator.device)
     passes = _plan(objective, micro_batches)
     for one in passes:
@@ -96,24 +104,35 @@ def backward(
     values = objective.compare(leaves, batch)
     values["loss"].backward()
     _cut(leaves, passes)
-
-    last, stream = passes[-1], None
-    if isinstance(objective, StreamingObjective) and last.streamed is not None:
+    stream = None
+    if isinstance(objective, StreamingObjective) and passes[-1].streamed is not None:
         stream = objective.open_stream(leaves, batch, num_parts=sum(one.has_images for one in passes))
     with torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []):
-        for one in passes[:-1]:
-            if one.has_images:
-                with exchange_later(model, accelerator):
-                    one.continue_backward(model, accelerator.device, stream)
-        if stream is not None and last.streamed is not None:
-            last.gradients[last.streamed_name] = stream.add(last.streamed)
-            values = stream.finish(values)
-        for one in passes[:-1]:
-            if not one.has_images:
-                with exchange_later(model, accelerator):
-                    one.continue_backward(model, accelerator.device)
-        last.continue_backward(model, accelerator.device)  # processes exchange gradients once
-    return {name: value.detach() for name, value in values.items()}
+        return _continue_backward(model, passes, stream, values, accelerator)
+
+
+def _continue_backward(
+    model: torch.nn.Module,
+    passes: list["_Pass"],
+    stream: Stream | None,
+    values: dict[str, Tensor],
+    accelerator: Accelerator,
+) -> dict[str, Tensor]:
+    """The second passes; `values` with what a stream adds to them."""
+    last = passes[-1]
+    for one in passes[:-1]:
+        if one.has_images:
+            with exchange_later(model, accelerator):
+                one.continue_backward(model, accelerator.device, stream)
+    if stream is not None and last.streamed is not None:
+        last.gradients[last.streamed_name] = stream.add(last.streamed)
+        values = stream.finish(values)
+    for one in passes[:-1]:
+        if not one.has_images:
+            with exchange_later(model, accelerator):
+                one.continue_backward(model, accelerator.device)
+    last.continue_backward(model, accelerator.device)  # processes exchange gradients once
+    return values
 
 
 class _Pass:

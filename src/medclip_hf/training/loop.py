@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from medclip_hf.training import checkpoints, early_stopping, faults, sharded
+from medclip_hf.training import checkpoints, early_stopping, faults, sharded, zero
 from medclip_hf.training.acceleration import Watch, prepare_blocks
 from medclip_hf.training.arguments import RunArguments
 from medclip_hf.training.checkpoints import RunState
@@ -100,21 +100,23 @@ def make_accelerator(arguments: RunArguments) -> Accelerator:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    zero.launched_plan()  # refuses what is not supported before processes meet
     join_processes(use_cpu, arguments.timeout_seconds)
-    accelerator = Accelerator(
-        cpu=use_cpu,
-        mixed_precision=arguments.mixed_precision,
-        log_with=list(arguments.trackers) or None,
-        project_config=ProjectConfiguration(arguments.output_dir, str(Path(arguments.output_dir) / "trackers")),
-        # The models have no running statistics: nothing that would have to be sent before each forward pass.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                broadcast_buffers=False,
-                find_unused_parameters=arguments.find_unused_parameters,
-                gradient_as_bucket_view=True,
-            )
-        ],
-    )
+    with zero.hidden_from_accelerate():
+        accelerator = Accelerator(
+            cpu=use_cpu,
+            mixed_precision=arguments.mixed_precision,
+            log_with=list(arguments.trackers) or None,
+            project_config=ProjectConfiguration(arguments.output_dir, str(Path(arguments.output_dir) / "trackers")),
+            # The models have no running statistics: nothing that would have to be sent before each forward pass.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False,
+                    find_unused_parameters=arguments.find_unused_parameters,
+                    gradient_as_bucket_view=True,
+                )
+            ],
+        )
     _check_processes(accelerator, arguments)
     stop_with_launcher()
     missing = set(arguments.trackers) - {getattr(kind, "value", kind) for kind in accelerator.log_with}
@@ -239,15 +241,18 @@ class _Run:
             )
         checkpoint = self._checkpoint_to_resume(resume)
         prepare_blocks(self.unwrapped, self.arguments)
+        plan = zero.launched_plan() if self.accelerator.num_processes > 1 else None
         if sharded.is_sharding_asked_for():
             self.model = sharded.shard(self.unwrapped, self.accelerator)
             self.writer = sharded.ShardWriter(self.accelerator)
-        else:
+        elif plan is None:
             self.model = self.accelerator.prepare_model(self.unwrapped)
         self.optimizer = make_optimizer(self.unwrapped, self.arguments)
         _seed_everything(self.arguments.seed, self.accelerator.process_index)
         if checkpoint is not None:
             self._restore(checkpoint)
+        if plan is not None:  # it cuts weights and moments as it finds them
+            self.model = zero.cut(self.unwrapped, self.optimizer, plan, self.arguments, self.accelerator)
         self.record = RunRecord(
             self.output_dir, self.accelerator, {"arguments": asdict(self.arguments), "recipe": recipe}
         )
@@ -332,7 +337,7 @@ class _Run:
         self._finish_checkpoint()
         self.watch.enter("writing the final model")
         model_path = self.output_dir / FINAL_MODEL
-        weights = sharded.whole_weights(self.unwrapped)
+        weights = self._whole_weights()
         if self.accelerator.is_main_process:
             self._save_final_model(model_path, weights)
         self.accelerator.wait_for_everyone()
@@ -347,28 +352,44 @@ class _Run:
         learning_rate = learning_rate_at(self.step, self.arguments, self.max_steps, self.steps_per_epoch)
         set_learning_rate(self.optimizer, learning_rate)
         values = backward(self.model, self.objective, batch, self.arguments.num_micro_batches, self.accelerator)
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            self.unwrapped.parameters(), self.arguments.max_grad_norm or math.inf
-        )
-        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        grad_norm = self._clip()
         agreed = self._agree(values["loss"], grad_norm, batch, stop)
         if agreed.pop("failed_checkpoints"):
             self._finish_checkpoint()  # raises what went wrong
         if agreed["is_finite"]:
-            self.optimizer.step()
-            if hasattr(self.unwrapped, "clamp_logit_scales_"):
-                self.unwrapped.clamp_logit_scales_()
-            if isinstance(self.objective, StatefulObjective):
-                with sharded.gathered(self.unwrapped):
-                    self.objective.after_step(self.unwrapped)
+            self._update()
             self.skipped_in_a_row = 0
         else:
             self._skip_or_stop(values, grad_norm, batch)
-        self.optimizer.zero_grad()
+        if not zero.is_engine(self.model):
+            self.optimizer.zero_grad()
         self.step += 1
         self.rows_set_aside += int(agreed.pop("set_aside"))
         logged = {name: value for name, value in values.items() if name != "loss"}
         return {"learning_rate": learning_rate, "grad_norm": grad_norm, **logged, **agreed}  # type: ignore[dict-item]
+
+    def _clip(self) -> torch.Tensor:
+        """The norm of the gradient, which is clipped; DeepSpeed updates at once, unless the norm is not finite."""
+        if zero.is_engine(self.model):
+            return zero.update(self.model, self.accelerator.device)
+        norm = torch.nn.utils.clip_grad_norm_(self.unwrapped.parameters(), self.arguments.max_grad_norm or math.inf)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _update(self) -> None:
+        """Update the weights, and what follows from them."""
+        is_engine = zero.is_engine(self.model)
+        if not is_engine:
+            self.optimizer.step()
+        if hasattr(self.unwrapped, "clamp_logit_scales_"):
+            with zero.editing(self.model, only="logit_scale") if is_engine else contextlib.nullcontext():
+                self.unwrapped.clamp_logit_scales_()
+        if isinstance(self.objective, StatefulObjective):
+            with zero.reading(self.model) if is_engine else sharded.gathered(self.unwrapped):
+                self.objective.after_step(self.unwrapped)
+
+    def _whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """All weights on the main process; None where the model has them."""
+        return zero.whole_weights(self.model) if zero.is_engine(self.model) else sharded.whole_weights(self.unwrapped)
 
     def _agree(self, loss: torch.Tensor, grad_norm: torch.Tensor, batch: Batch, stop: StopRequest) -> dict[str, float]:
         """What all processes must know alike, in one message: the loss, whether to step, whether to stop."""
@@ -404,7 +425,9 @@ class _Run:
         ) + f"Rows of this process: {batch['row_ids'][:_MAX_NAMED_ROWS]}."
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
-        if self.arguments.on_nonfinite_loss == "stop" or self.skipped_in_a_row > _MAX_SKIPPED_IN_A_ROW:
+        has_updated = zero.is_engine(self.model) and bool(torch.isfinite(grad_norm))  # DeepSpeed looks at no loss
+        must_stop = self.arguments.on_nonfinite_loss == "stop" or self.skipped_in_a_row > _MAX_SKIPPED_IN_A_ROW
+        if must_stop or has_updated:
             raise FloatingPointError(
                 f"{message} Lower the learning rate, look at the rows, or set training.on_nonfinite_loss=skip; "
                 "the newest checkpoint is from before."
@@ -474,7 +497,7 @@ class _Run:
         self.validations.append((self.step, float(value)))
         if self._progress().best_step != self.step:
             return
-        weights = sharded.whole_weights(self.unwrapped)
+        weights = self._whole_weights()
         if self.accelerator.is_main_process:
             path = early_stopping.best_model_path(self.output_dir, self.step)
             path.parent.mkdir(exist_ok=True)
@@ -518,6 +541,9 @@ class _Run:
             objective_state=self.objective.state_dict() if isinstance(self.objective, StatefulObjective) else None,
             keep=self.arguments.keep_checkpoints,
             writer=self.writer,
+            whole=(zero.whole_weights(self.model), zero.whole_moments(self.model))
+            if zero.is_engine(self.model)
+            else None,
         )
         self.unfinished = path if self.writer is not None else None
         self.saved_step = self.step

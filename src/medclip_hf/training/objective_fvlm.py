@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medclip_hf.modeling.fvlm.loss_fvlm import anatomy_alignment_loss, anatomy_logits
-from medclip_hf.training.distributed import gather_counts, gather_rows, in_float32, process_index
+from medclip_hf.training.distributed import gather_counts, gather_rows, in_float32, num_processes, process_index
 from medclip_hf.training.gradients import Batch
 from medclip_hf.training.pixels import SCALING, scaled_pixels
-from medclip_hf.training.text_lengths import without_padding
+from medclip_hf.training.text_lengths import bucket_sizes, without_padding
 
 
 class Calibration(Protocol):
@@ -34,15 +34,25 @@ class FVLMObjective:
     Args:
         anatomies: names of the model's anatomies, for the log.
         calibration: corrects the targets of abnormal scans; None trains as the release does, on hard targets.
+        text_buckets: texts of a batch are encoded in at most so many groups of like length, each padded to its longest.
+            It changes no number but by rounding, and which units dropout takes.
+
+    Raises:
+        ValueError: fewer than one group.
     """
 
     image_inputs = ("pixel_values", "anatomy_mask")
     text_inputs = ("input_ids", "attention_mask")
     beside = (SCALING, "text_lengths")  # of the batch, where it has them
 
-    def __init__(self, anatomies: Sequence[str], calibration: Calibration | None = None) -> None:
+    def __init__(
+        self, anatomies: Sequence[str], calibration: Calibration | None = None, *, text_buckets: int = 1
+    ) -> None:
+        if text_buckets < 1:
+            raise ValueError(f"text_buckets should be at least 1, got {text_buckets}.")
         self.anatomies = tuple(anatomies)
         self.calibration = calibration
+        self.text_buckets = text_buckets
 
     def split(self, batch: Batch, num_chunks: int) -> list[Batch]:
         """At most `num_chunks` micro-batches, each with its share of the scans and of the distinct texts.
@@ -66,20 +76,45 @@ class FVLMObjective:
         Where there is no scan or no text, the embeddings without rows still depend on every parameter.
         """
         num_scans, num_texts = len(batch["pixel_values"]), len(batch["input_ids"])
-        inputs = {name: batch[name] for name in (*self.image_inputs, *self.text_inputs)}
-        inputs = _with_stand_ins(model, inputs | {"pixel_values": scaled_pixels(batch)})
-        outputs = model(**inputs, return_loss=False, return_logits=False)
+        images = {name: batch[name] for name in self.image_inputs} | {"pixel_values": scaled_pixels(batch)}
+        first, *others = self._texts_by_length(batch)
+        outputs = model(**_with_stand_ins(model, images | first), return_loss=False, return_logits=False)
+        text_embeds = [outputs["text_embeds"][: len(first["input_ids"])]]
+        for texts in others:
+            encoded = model(**_with_stand_in_text(texts), return_loss=False, return_logits=False)["text_embeds"]
+            text_embeds.append(encoded[: len(texts["input_ids"])])
         embeddings = {
             "anatomy_embeds": outputs["anatomy_embeds"][:num_scans],
             "anatomy_present": outputs["anatomy_present"][:num_scans],
-            "text_embeds": outputs["text_embeds"][:num_texts],
+            "text_embeds": torch.cat(text_embeds),
             "logit_scale": outputs["logit_scale"],
         }
         if self.calibration is not None:
-            others = self.calibration.embed(inputs)
+            texts = {name: batch[name] for name in self.text_inputs}
+            others_embeddings = self.calibration.embed(_with_stand_ins(model, images | texts))
             counts = {"anatomy": num_scans, "text": num_texts, "logit": 1}
-            embeddings |= {name: value[: counts[name.split("_")[1]]] for name, value in others.items()}
+            embeddings |= {name: value[: counts[name.split("_")[1]]] for name, value in others_embeddings.items()}
         return embeddings
+
+    def _texts_by_length(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """Groups of the batch's texts in their order.
+
+        Several processes have equally many groups, maybe empty ones: where models are in shards, a forward pass gathers
+        weights from all of them.
+        """
+        texts = {name: batch[name] for name in self.text_inputs}
+        if self.text_buckets == 1 or "text_lengths" not in batch:
+            return [texts]
+        sizes = bucket_sizes(batch["text_lengths"], self.text_buckets) or [0]
+        if num_processes() > 1:
+            sizes += [0] * (self.text_buckets - len(sizes))
+        groups, start = [], 0
+        for size in sizes:
+            group = {name: values[start : start + size] for name, values in texts.items()}
+            lengths = batch["text_lengths"][start : start + size]
+            groups.append({name: without_padding(group | {"text_lengths": lengths})[name] for name in group})
+            start += size
+        return groups
 
     def compare(self, embeddings: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """`loss` to call backward on, and the global values for the log, detached and equal on all processes.
@@ -150,10 +185,14 @@ def _with_stand_ins(model: torch.nn.Module, inputs: dict[str, Tensor]) -> dict[s
         channels = config.vision_config.num_channels
         inputs["pixel_values"] = inputs["pixel_values"].new_zeros(1, channels, *size_dhw)
         inputs["anatomy_mask"] = inputs["anatomy_mask"].new_ones(1, *size_dhw)
-    if len(inputs["input_ids"]) == 0:
-        inputs["input_ids"] = inputs["input_ids"].new_zeros(1, 1)
-        inputs["attention_mask"] = inputs["attention_mask"].new_ones(1, 1)
-    return inputs
+    return _with_stand_in_text(inputs)
+
+
+def _with_stand_in_text(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    if len(inputs["input_ids"]) > 0:
+        return inputs
+    no_ids, no_mask = inputs["input_ids"], inputs["attention_mask"]
+    return inputs | {"input_ids": no_ids.new_zeros(1, 1), "attention_mask": no_mask.new_ones(1, 1)}
 
 
 def _gather_labels(

@@ -31,6 +31,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from medclip_hf.training import zero
 from medclip_hf.training.acceleration import towers_of
 
 logger = logging.getLogger(__name__)
@@ -272,4 +273,4 @@ def exchange_later(model: torch.nn.Module, accelerator: Accelerator) -> Any:
 
     Shards do exchange them: keeping the sum whole would take the memory that sharding is to save.
     """
-    return nullcontext() if is_sharded(model) else accelerator.no_sync(model)
+    return nullcontext() if is_sharded(model) or zero.is_engine(model) else accelerator.no_sync(model)
