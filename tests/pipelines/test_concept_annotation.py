@@ -1,5 +1,6 @@
 """medical-concept-annotation: concepts with identifiers, scores and places; carried with the model; clear refusals."""
 
+import base64
 import json
 import shutil
 
@@ -14,7 +15,7 @@ from medclip_hf.evaluation.concept_bank import ConceptBank, build_concept_bank
 from medclip_hf.evaluation.encoders import load_encoder
 from medclip_hf.evaluation.zero_shot import classify_images
 from medclip_hf.pipelines import ConceptAnnotationPipeline, add_pipelines, read_picture
-from medclip_hf.pipelines.pipeline_concept_annotation import box_of_map, read_concepts
+from medclip_hf.pipelines.pipeline_concept_annotation import box_of_map, is_dicom_file, read_concepts
 
 TASK = "medical-concept-annotation"
 CONCEPTS = ["nodule", ("effusion", "C0013687"), {"canonical_name": "chest", "concept_id": "C0817096"}]
@@ -71,6 +72,16 @@ def test_batches_lists_and_generators_give_what_single_images_give(annotate, pic
     ):
         assert [scores(entries) for entries in found] == [pytest.approx(one, rel=1e-4) for one in single]
     assert annotate([], concepts=CONCEPTS) == annotate((), concepts=CONCEPTS) == []
+
+
+def test_a_picture_may_come_as_a_data_url(annotate, picture, tmp_path):
+    picture.save(tmp_path / "a.png")
+    content = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    found = annotate(f"data:image/png;base64,{content}", concepts=CONCEPTS)
+    assert scores(found) == pytest.approx(scores(annotate(picture, concepts=CONCEPTS)))
+    assert not is_dicom_file(f"data:image/png;base64,{content}")
+    with pytest.raises(ValueError, match="is not a file"):
+        annotate(content, concepts=CONCEPTS)
 
 
 def test_a_picture_of_16_bits_is_scaled_for_the_stock_pipelines_too(conceptclip_folder, tmp_path):

@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medclip_hf.data.ct.anatomy import LabelVersion
+from medclip_hf.data.ct.dicom import is_dicom
 from medclip_hf.data.ct.geometry import GeometryContract
 from medclip_hf.data.ct.reading import Rescale, load_ct, read_volume
 from medclip_hf.data.ct.segmenters import Segmenter, segment
 from medclip_hf.processing.conceptclip import to_rgb
-
-_DICOM_PREAMBLE = 128  # bytes before the mark
 
 
 def read_picture(image: Any) -> Image.Image:
@@ -28,11 +27,16 @@ def read_picture(image: Any) -> Image.Image:
     Raises:
         ValueError: it cannot be read or decoded, or is a DICOM file that is no single picture.
     """
-    if isinstance(image, str | Path) and Path(image).is_file():
-        with Path(image).open("rb") as file:
-            if file.read(_DICOM_PREAMBLE + 4)[_DICOM_PREAMBLE:] == b"DICM":
-                image = _read_dicom_picture(Path(image))
+    if isinstance(image, str | Path) and _is_dicom_file(Path(image)):
+        image = _read_dicom_picture(Path(image))
     return to_rgb(image)
+
+
+def _is_dicom_file(path: Path) -> bool:
+    try:
+        return path.is_file() and is_dicom(path)
+    except OSError:  # a data URL is too long for a name; what else is wrong with a file `to_rgb` tells
+        return False
 
 
 def _read_dicom_picture(path: Path) -> Image.Image:

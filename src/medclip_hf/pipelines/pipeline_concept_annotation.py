@@ -326,10 +326,15 @@ def box_of_map(concept_map: np.ndarray, size: Size) -> tuple[int, int, int, int]
 
 def is_dicom_file(image: Any) -> bool:
     """Whether it is the path of a file with the DICOM mark."""
-    if not isinstance(image, str | Path) or not Path(image).is_file():
+    if not isinstance(image, str | Path):
         return False
-    with Path(image).open("rb") as file:
-        return file.read(_DICOM_PREAMBLE + 4)[_DICOM_PREAMBLE:] == b"DICM"
+    try:
+        if not Path(image).is_file():
+            return False
+        with Path(image).open("rb") as file:
+            return file.read(_DICOM_PREAMBLE + 4)[_DICOM_PREAMBLE:] == b"DICM"
+    except OSError:  # a data URL is too long for a name
+        return False
 
 
 __all__ = ["ConceptAnnotationPipeline"]

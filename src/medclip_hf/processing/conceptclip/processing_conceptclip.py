@@ -187,10 +187,17 @@ def _open(image: Any) -> tuple[Image.Image, str]:
         raise ValueError(
             f"An image should be a PIL image, a path, a URL, bytes, an array or a tensor, got {type(image).__name__}."
         )
-    name = f"The image of {len(image)} bytes" if isinstance(image, bytes) else str(image)
-    if not isinstance(image, bytes) and not Path(image).is_file():
+    name = f"The image of {len(image)} bytes" if isinstance(image, bytes) else str(image)[:1000]
+    if not isinstance(image, bytes) and not _is_file(image):
         raise ValueError(f"{name} is not a file. Give the path of an image.")
     return _decoder(image, name), name
+
+
+def _is_file(path: Any) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # encoded bytes as text are too long for a name
+        return False
 
 
 def _decoder(image: Any, name: str) -> Image.Image:
