@@ -11,7 +11,6 @@ figures with concepts). For research only: no medical device.
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import logging
@@ -34,6 +33,7 @@ from medclip_hf.data.images import UnreadableImage, decode_image, open_image, pa
 from medclip_hf.data.parquet import find_shards, record_to_row, write_text_atomically
 from medclip_hf.evaluation.annotation import AnnotationFigures, annotation_figures, embed_prompts, score_images
 from medclip_hf.evaluation.concept_bank import ConceptBank, ConceptHit, annotate_image, build_concept_bank
+from medclip_hf.evaluation.csv_tables import open_csv
 from medclip_hf.evaluation.encoders import Encoder, load_encoder
 from medclip_hf.explain.overlay import draw_boxes, draw_concept_panel, save_png
 from medclip_hf.processing.conceptclip import to_rgb
@@ -355,8 +355,7 @@ def read_labels(path: Path) -> Labelled:
     """
     if not path.is_file():
         raise ValueError(f"there is no table of labels at {path}.")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+    with open_csv(path) as reader:
         concepts = [name for name in reader.fieldnames or [] if name not in ("image", "patient")]
         rows = list(reader)
     if not rows or not concepts or "image" not in rows[0]:

@@ -9,7 +9,6 @@ images, and what switching each important concept does. For research only: no me
 """
 
 import argparse
-import csv
 import json
 import logging
 import sys
@@ -29,6 +28,7 @@ from medclip_hf.data.parquet import write_text_atomically
 from medclip_hf.evaluation.bottleneck import ConceptBottleneck, SwitchEffect, fit_bottleneck, switch_effect
 from medclip_hf.evaluation.comparisons import PairedDifference, paired_differences
 from medclip_hf.evaluation.concept_bank import ConceptBank, build_concept_bank
+from medclip_hf.evaluation.csv_tables import open_csv
 from medclip_hf.evaluation.encoders import Encoder, load_encoder
 from medclip_hf.evaluation.probe import ProbeSplit, run_linear_probe
 from medclip_hf.evaluation.task_layouts import canonical_split
@@ -127,8 +127,8 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """
     if not path.is_file():
         raise ValueError(f"there is no table at {path}.")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in csv.DictReader(file)]
+    with open_csv(path) as reader:
+        rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
     if not rows or not all(row.get(column) for row in rows for column in ("image", "label", "split")):
         raise ValueError(f"{path} must have rows with the columns image, label and split, no cell empty.")
     for row in rows:

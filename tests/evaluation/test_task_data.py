@@ -331,6 +331,22 @@ def write_two_tables(folder):
     write_csv(folder / "two.csv", ["path", "label"], [["a.png", "cyst"]])
 
 
+def write_in_latin_1(folder):
+    (folder / "test.csv").write_bytes("path,label\na.png,tumeur bénigne\n".encode("latin-1"))
+
+
+def write_an_endless_cell(folder):
+    (folder / "test.csv").write_text("path,label\n" + "x" * 200_000 + ",cyst\n")
+
+
+def write_two_columns_of_one_name(folder):
+    write_csv(folder / "test.csv", ["path", "label", "label"], [["a.png", "cyst", "mass"]])
+
+
+def write_nothing_but_a_header(folder):
+    write_csv(folder / "test.csv", ["path", "label"], [])
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
@@ -340,6 +356,10 @@ def write_two_tables(folder):
         (write_without_image_column, "no column for images"),
         (write_one_class, "at least two classes"),
         (write_two_tables, "holds 2 files"),
+        (write_in_latin_1, r"test\.csv is no CSV in UTF-8"),
+        (write_an_endless_cell, r"test\.csv is no CSV in UTF-8"),
+        (write_two_columns_of_one_name, "several columns named 'label'"),
+        (write_nothing_but_a_header, "has no row that can be used"),
     ],
 )
 def test_data_that_cannot_be_read_are_refused(tmp_path, write: Callable, message):
@@ -361,6 +381,24 @@ def test_columns_of_other_names_are_mapped(tmp_path):
     assert read_task_data(names, tmp_path, columns={"image": "fichier", "label": "dx"}).labels.tolist() == [0]
     with pytest.raises(ValueError, match="not \\['nowhere'\\]"):
         read_task_data(names, tmp_path, columns={"image": "nowhere"})
+
+
+def test_labels_that_count_from_1_are_refused_since_each_would_name_the_next_class(tmp_path):
+    names = classification(class_names=("normal", "torn"))
+    write_csv(tmp_path / "test.csv", ["path", "label"], [["a.png", "1"], ["b.png", "2"]])
+    with pytest.raises(ValueError, match="count the classes from 1 to 2"):
+        read_task_data(names, tmp_path)
+
+
+def test_one_column_of_labels_names_the_classes_of_several_findings(tmp_path):
+    for name in "abcd":
+        paint(tmp_path / f"{name}.png", (ord(name), 0, 0))
+    cells = [["a.png", "mass|cyst"], ["b.png", "No Finding"], ["c.png", ""], ["d.png", "cyst"], ["./d.png", "mass"]]
+    write_csv(tmp_path / "test.csv", ["path", "labels"], cells)
+    data = read_task_data(classification(is_multi_label=True), tmp_path)
+    assert data.class_names == ("cyst", "mass")
+    assert data.labels.tolist() == [[True, True], [False, False], [True, False]]
+    assert data.counts == {"in use": 3, "duplicate id": 1, "no label": 1}
 
 
 def test_the_identity_follows_the_files_and_the_labels(tmp_path):
@@ -412,6 +450,9 @@ def test_a_task_file_describes_another_data_set(tmp_path):
         ({"task_type": "zero_shot_classification", "class_names": ["a", "b"], "prompt_names": ["a"]}, "prompt_names"),
         ({"task_type": "retrieval", "name": "../up"}, "must be of letters"),
         ({"task_type": "retrieval", "published": [{"figure": 1}]}, "published figure"),
+        ({"task_type": "retrieval", "is_multi_label": "false"}, "must be a bool"),
+        ({"task_type": "retrieval", "split": 5}, "must be a str"),
+        ({"task_type": "retrieval", "label_file": ["a.csv"]}, "must be a string"),
     ],
 )
 def test_a_task_file_that_is_wrong_is_refused(tmp_path, values, message):

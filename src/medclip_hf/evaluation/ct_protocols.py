@@ -6,7 +6,6 @@ threshold was chosen elsewhere: on validation scores where they are given, else 
 intervals by patient; by volume, by study and by patient.
 """
 
-import csv
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medclip_hf.data.ct.sources import rad_chestct_labels, rad_chestct_patients
+from medclip_hf.evaluation.csv_tables import open_csv
 from medclip_hf.evaluation.ct_zero_shot import RAD_CHESTCT_TO_CT_RATE, published_operating_point
 from medclip_hf.evaluation.decisions import ScoredFindings, figures_with_chosen_thresholds
 from medclip_hf.evaluation.intervals import mean_with_interval
@@ -207,8 +207,8 @@ def read_scores(path: Path, table: LabelTable) -> ScoredScans:
 def _read_table(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise ValueError(f"no table at {path}")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = [{key: value or "" for key, value in row.items() if key is not None} for row in csv.DictReader(file)]
+    with open_csv(path) as reader:
+        rows = [{key: value or "" for key, value in row.items() if key is not None} for row in reader]
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows

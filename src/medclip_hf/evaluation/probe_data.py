@@ -1,6 +1,5 @@
 """Features and a table of labels from disk to the three splits of a linear probe."""
 
-import csv
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from medclip_hf.evaluation.csv_tables import open_csv
 from medclip_hf.evaluation.intervals import Floats
 from medclip_hf.evaluation.probe import ProbeSplit
 
@@ -116,16 +116,12 @@ def read_features(path: Path) -> Floats:
 
 
 def _read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            there = list(reader.fieldnames or [])
-            missing = [column for column in columns if column and column not in there]
-            if missing:
-                raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(there)}")
-            return [{name: (row[name] or "").strip() for name in columns if name} for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no CSV in UTF-8: {error}") from error
+    with open_csv(path, strict=True) as reader:
+        there = list(reader.fieldnames or [])
+        missing = [column for column in columns if column and column not in there]
+        if missing:
+            raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(there)}")
+        return [{name: (row[name] or "").strip() for name in columns if name} for row in reader]
 
 
 def _classes(path: Path, values: list[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:

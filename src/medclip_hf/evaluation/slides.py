@@ -4,7 +4,6 @@ The resolution is a contract: a tile is so many pixels of so many micrometres. A
 micrometres a pixel cannot keep it and is set aside, as is one that cannot be opened, or holds no tissue.
 """
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy.stats import rankdata
 from torch import Tensor
+
+from medclip_hf.evaluation.csv_tables import open_csv
 
 SPLITS = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
 PIXELS_A_TILE = 8  # of the overview in which tissue is found, along each side of a tile
@@ -113,14 +114,13 @@ def read_slide_table(path: str | Path, *, to_train: bool = True) -> list[SlideRo
     """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
+        with open_csv(path) as reader:
             needed = ("slide_id", "path", "label", "split") if to_train else ("slide_id", "path")
             missing = [name for name in needed if name not in (reader.fieldnames or ())]
             if missing:
                 raise ValueError(f"{path} lacks the columns {missing}.")
             rows = [_slide_row(record, path, line, needed) for line, record in enumerate(reader, 2)]
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
     if not rows:
         raise ValueError(f"{path} names no slide.")

@@ -155,6 +155,9 @@ def read_task_data(
         task = replace(task, class_names=declared)
     split = canonical_split(task.split)
     chosen = rows if split == ALL_SPLITS else [row for row in rows if row.split == split]
+    if not rows:
+        why = f"; the first of {len(broken)} lines, {broken[0].where}: {broken[0].reason}" if broken else ""
+        raise ValueError(f"{task.name}: {source} has no row that can be used{why}")
     if not chosen:
         found = sorted({row.split for row in rows if row.split is not None})
         there = f"the splits there are {', '.join(found)}" if found else "its rows name no split"
@@ -384,6 +387,8 @@ class _Builder:
         if rows and rows[0].cells is not None:
             return tuple(name for name, _ in rows[0].cells)
         names = sorted({label for row in rows for label in row.labels or ()})
+        if self.task.is_multi_label:
+            names = [name for name in names if name.lower() not in _NOTHING_FOUND]
         if len(names) < (1 if self.task.is_multi_label else 2):
             raise ValueError(f"{self.task.name}: the labels name {names}; expected at least two classes")
         return tuple(names)
@@ -400,6 +405,8 @@ class _Builder:
 
     def _flags_of(self, row: RawRow, names: Sequence[str]) -> tuple[list[bool], list[bool]] | SetAside:
         """Flags and which of them are known."""
+        if row.cells is None and row.labels is None:
+            return SetAside(row.where, "no label")
         if row.cells is None:
             outside = [
                 label for label in row.labels or () if label not in names and label.lower() not in _NOTHING_FOUND
@@ -429,6 +436,12 @@ class _Builder:
 
 
 def _are_places(rows: Sequence[RawRow], names: Sequence[str]) -> bool:
-    """Whether the labels are places in the class list: none is a name, and some are whole numbers below its length."""
+    """Whether the labels are places in the class list: none is a name, and some are whole numbers below its length.
+
+    Raises:
+        ValueError: they seem to count from 1, which would give every image the next class.
+    """
     values = {label for row in rows for label in row.labels or ()}
+    if not values & {*names, "0"} and str(len(names)) in values:
+        raise ValueError(f"labels count the classes from 1 to {len(names)}: write their names, or places from 0 on.")
     return not values & set(names) and any(value.isdecimal() and int(value) < len(names) for value in values)

@@ -3,13 +3,13 @@
 Nothing is judged here but whether a file can be read at all; `task_data` checks the rows.
 """
 
-import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from medclip_hf.evaluation.csv_tables import open_csv
 from medclip_hf.evaluation.tasks import Layout, Task
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".ppm", ".pgm", ".dcm")
@@ -47,7 +47,8 @@ class RawRow:
         read: the encoded image of a row that has no file.
         num_bytes: how many `read` gives.
         fingerprint: of what `read` gives.
-        labels: names or numbers of its classes, as written; None where the layout has a cell for each class.
+        labels: names or numbers of its classes, as written, none of them being an answer too; None where the cell is
+            empty, or the layout has a cell for each class.
         cells: (class, cell) of such a layout.
         captions: its texts.
         split: canonical word; None where the data set has none.
@@ -196,8 +197,7 @@ def _files_of(folder: Path, task: Task, ending: str) -> list[Path]:
 
 def _table_rows(files: Sequence[Path], task: Task, layout: Layout, columns: Mapping[str, str]) -> Rows:
     for path in files:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
+        with open_csv(path) as reader:
             header = list(reader.fieldnames or ())
             names = _named_columns(path, header, columns)
             classes = _class_columns(path, header, names, task) if layout == "multi_label_table" else ()
@@ -233,8 +233,8 @@ def _class_columns(path: Path, header: Sequence[str], names: Mapping[str, str], 
         if absent:
             raise ValueError(f"{path} lacks the columns {absent} of {task.name}; it has {list(header)}")
         return task.class_names
-    reserved = set(names.values()) - ({names["label"]} if "label" in names else set())
-    return tuple(name for name in header if name not in reserved)
+    classes = tuple(name for name in header if name not in names.values() or name == names.get("label"))
+    return () if classes == (names.get("label"),) else classes  # a label column alone names the classes itself
 
 
 def _table_row(
@@ -245,30 +245,35 @@ def _table_row(
     path = row[names["image"]].strip()
     if not path:
         return BrokenRow(where, "names no image", split)
+    path = PurePosixPath(path).as_posix()  # ./a.png is a.png
     label = row.get(names.get("label", ""), "").strip()
     return RawRow(
         item_id=row.get(names.get("id", ""), "").strip() or path,
         where=where,
         path=path,
-        labels=None if classes else tuple(part.strip() for part in label.split(LABEL_SEPARATOR) if part.strip()),
+        labels=_labels_of_cell(label) if label and not classes else None,
         cells=tuple((name, row[name].strip()) for name in classes) if classes else None,
         split=_split_of_cell(row.get(names.get("split", ""), "")) or split,
         patient=row.get(names.get("patient", ""), "").strip() or None,
     )
 
 
+def _labels_of_cell(cell: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in cell.split(LABEL_SEPARATOR) if part.strip())
+
+
 def _line_rows(files: Sequence[Path], columns: Mapping[str, str]) -> Rows:
     for path in files:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _line_row(f"{path.name} line {number}", line, columns, _split_of_file(path))
 
 
-def _line_row(where: str, line: str, columns: Mapping[str, str], split: str | None) -> RawRow | BrokenRow:
+def _line_row(where: str, line: bytes, columns: Mapping[str, str], split: str | None) -> RawRow | BrokenRow:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
+        record = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):  # of the encoding, of the syntax, brackets without an end
         return BrokenRow(where, "not JSON", split)
     if not isinstance(record, dict):
         return BrokenRow(where, "not a JSON object", split)
@@ -281,6 +286,7 @@ def _line_row(where: str, line: str, columns: Mapping[str, str], split: str | No
         return BrokenRow(where, "names no image", split)
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         return BrokenRow(where, "has no caption", split)
+    path = PurePosixPath(path.strip()).as_posix()
     return RawRow(
         item_id=str(values["id"] or path),
         where=where,

@@ -174,6 +174,9 @@ def read_task(path: Path) -> Task:
     return _checked_task(values, path)
 
 
+_TEXTS = ("name", "title", "paper", "modality", "label_file", "split_files", "metric", "licence", "access")
+
+
 def _checked_task(values: dict[str, Any], path: Path) -> Task:
     for name in ("class_names", "templates", "prompt_names", "notes"):
         items = values.get(name)
@@ -182,6 +185,12 @@ def _checked_task(values: dict[str, Any], path: Path) -> Task:
         if not isinstance(items, list) or not all(isinstance(item, str) and item.strip() for item in items):
             raise ValueError(f"{path}: {name} must be a list of strings, none empty, got {items!r}")
         values[name] = tuple(items)
+    for name in _TEXTS:
+        if name in values and not isinstance(values[name], str | None):
+            raise ValueError(f"{path}: {name} must be a string, got {values[name]!r}")
+    for name, kind in (("is_multi_label", bool), ("split", str)):
+        if name in values and not isinstance(values[name], kind):
+            raise ValueError(f"{path}: {name} must be a {kind.__name__}, got {values[name]!r}")
     if not str(values["name"]).replace("-", "").replace("_", "").isalnum():
         raise ValueError(f"{path}: the name {values['name']!r} must be of letters, digits, '-' and '_'")
     names, prompts = values.get("class_names"), values.get("prompt_names")
