@@ -1,7 +1,10 @@
 """The tasks of the MedConcept engine on a Ray cluster: Ray Data spreads them over actors that hold the models.
 
-Ray places the work, restarts what dies and streams the reports back; the steps and their files are those of one
+Ray places the work, restarts actors that die and streams the reports back; the steps and their files are those of one
 machine. All nodes must see the output folder, and the source where it is a folder, under the same path.
+
+What an actor had in hand when it died is done again, each task by a worker of its own; a task that kills that as well
+is set aside, as on one machine.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medclip_hf.data.workers import MakeStep, Task, TaskReport, as_plain, from_plain
+from medclip_hf.data.workers import DEATHS_ALONE, MakeStep, Task, TaskReport, as_plain, from_plain
 
 logger = logging.getLogger(__name__)
 
@@ -36,19 +39,46 @@ class RayRunner:
     def __call__(self, make_step: MakeStep, tasks: Sequence[Task]) -> Iterator[TaskReport]:
         """The reports of all tasks, in the order in which they are done."""
         ray_data = self._connect()
-        num_actors = min(self.num_actors or self._num_cpus(), len(tasks))
+        missing = set(tasks)
+        for report in self._run_actors(ray_data, make_step, tasks):
+            missing.remove(report.task)
+            yield report
+        yield from self._run_apart(make_step, sorted(missing, key=lambda task: task.number))
+
+    def _run_actors(self, ray_data: Any, make_step: MakeStep, tasks: Sequence[Task]) -> Iterator[TaskReport]:
+        """Reports of the tasks, but for those that an actor had in hand when it died."""
+        import ray
+
         rows = ray_data.from_items(
             [{"number": task.number, "name": task.name} for task in tasks], override_num_blocks=len(tasks)
         )
         reports = rows.map(
             _StepActor,
             fn_constructor_args=(make_step,),
-            compute=ray_data.ActorPoolStrategy(size=num_actors),
+            compute=ray_data.ActorPoolStrategy(size=min(self.num_actors or self._num_cpus(), len(tasks))),
             num_cpus=1,
             num_gpus=self.gpus_per_actor or None,
+            max_task_retries=0,  # by default Ray repeats for ever a task that kills its actor
         )
-        for report in reports.iter_rows():
-            yield from_plain(report)
+        try:
+            yield from map(from_plain, reports.iter_rows())
+        except ray.exceptions.ActorDiedError as error:
+            raise RuntimeError(f"no actor could be started: {str(error).strip().splitlines()[-1]}") from error
+
+    def _run_apart(self, make_step: MakeStep, tasks: Sequence[Task]) -> Iterator[TaskReport]:
+        """Reports of tasks that have a worker each; one of which it dies is set aside."""
+        import ray
+
+        do = ray.remote(num_cpus=1, num_gpus=self.gpus_per_actor, max_retries=DEATHS_ALONE - 1)(_do)
+        under_way = {do.remote(make_step, task): task for task in tasks}
+        while under_way:
+            (done,), _ = ray.wait(list(under_way), num_returns=1)
+            task = under_way.pop(done)
+            try:
+                yield from_plain(ray.get(done))
+            except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+                logger.warning("task %d killed its worker", task.number)
+                yield make_step().set_aside(task, "worker process killed")
 
     def _connect(self) -> Any:
         try:
@@ -65,6 +95,7 @@ class RayRunner:
             )
         context = ray_data.DataContext.get_current()
         context.enable_progress_bars = False  # ours counts items, not blocks
+        context.max_errored_blocks = -1  # one block is one task: those without a report are done again
         return ray_data
 
     def _num_cpus(self) -> int:
@@ -81,3 +112,7 @@ class _StepActor:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return as_plain(self.step(Task(int(row["number"]), str(row["name"]))))
+
+
+def _do(make_step: MakeStep, task: Task) -> dict[str, Any]:
+    return as_plain(make_step()(task))
