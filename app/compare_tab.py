@@ -7,6 +7,7 @@ import gradio as gr
 import markup
 from demo_models import Model, named_model
 from picture_tab import (
+    EVERY_CLICK,
     MODEL_EVENT,
     QUICK_EVENT,
     VIEW_SIDE,
@@ -78,10 +79,10 @@ class CompareTab:
         compared = self.button.click(self.compare, inputs, shown, **MODEL_EVENT)
         self.upload.upload(self.on_upload, [self.upload, *inputs], shown, **MODEL_EVENT)
         self.upload.clear(self.on_upload, [self.upload, *inputs], shown, **MODEL_EVENT)
-        chosen = self.thumbs.click(self.on_example, inputs, [self.upload, *shown], **MODEL_EVENT)
+        chosen = self.thumbs.click(self.on_example, inputs, [self.upload, *shown], **MODEL_EVENT | EVERY_CLICK)
         for event in (compared, chosen):
             event.then(fn=None, js=markup.scroll_to("compare-message"))
-        clicked = self.table.click(self.on_concept, [self.opacity], self.views, **QUICK_EVENT)
+        clicked = self.table.click(self.on_concept, [self.opacity], self.views, **QUICK_EVENT | EVERY_CLICK)
         clicked.then(fn=None, js=markup.scroll_to("compare-message"))
         self.opacity.input(self.on_opacity, [self.opacity], self.views, **QUICK_EVENT)
 

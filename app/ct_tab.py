@@ -10,7 +10,7 @@ import markup
 import numpy as np
 from demo_models import Model, named_model
 from examples import TorsoExample
-from picture_tab import QUICK_EVENT, forget
+from picture_tab import EVERY_CLICK, QUICK_EVENT, forget
 from sessions import GONE, Sessions, check_volume, in_a_sentence
 from slices import HU_WINDOWS, PLANES, Scan, box_on_grid, colours_of, plane_picture
 
@@ -19,7 +19,7 @@ from medclip_hf.data.ct.reading import read_volume
 from medclip_hf.explain.ct_overlay import best_slice
 from medclip_hf.pipelines.pipeline_ct import WHOLE_VOLUME
 
-KEY, BOX, CHOSEN = "scan", "scan_box", "scan_finding"
+KEY, BOX, CHOSEN, EXAMPLE = "scan", "scan_box", "scan_finding", "torso"
 MODEL_EVENT: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "fvlm", "concurrency_limit": 1}
 _NO_MASK = (
     "fVLM scores each anatomy inside its mask. Upload the label file that TotalSegmentator made of this scan, or tick "
@@ -142,10 +142,11 @@ class CTTab:
         files: list[Any] = [self.scan_file, self.mask_file]
         options: list[Any] = [self.version, self.is_whole, self.model]
         scored = self.button.click(self.score, [*files, *options, *looks], shown, **MODEL_EVENT)
-        picked = self.thumbs.click(self.on_example, [self.model, *looks], [*files, *shown], **MODEL_EVENT)
+        picked = self.thumbs.click(self.on_example, [self.model, *looks], [*files, *shown], **MODEL_EVENT | EVERY_CLICK)
         for event in (scored, picked):
             event.then(fn=None, js=markup.scroll_to("ct-message"))
-        clicked = self.table.click(self.on_finding, looks, [*self.views, *self.sliders, self.chosen], **QUICK_EVENT)
+        found: list[Any] = [*self.views, *self.sliders, self.chosen]
+        clicked = self.table.click(self.on_finding, looks, found, **QUICK_EVENT | EVERY_CLICK)
         clicked.then(fn=None, js=markup.scroll_to("ct-message"))
         for axis, slider in enumerate(self.sliders):
             slider.input(self._scroll(axis), [slider, *looks], [self.views[axis]], **QUICK_EVENT)
@@ -165,13 +166,17 @@ class CTTab:
     ) -> list[Any]:
         """Message, planes, sliders, legend, window and table for the uploaded scan."""
         scan, mask = self.sessions.received(request, scan_path), self.sessions.received(request, mask_path)
+        torso = self.sessions.of(request).values.get(EXAMPLE)
+        if scan is None and torso is not None:  # once more, by another model
+            return self._score_torso(torso, name, window, has_outlines, request)
         if scan is None:
             return self._refuse("There is no scan yet: upload one, or choose an example.", request)
         try:
             found = read_scan(named_model(self.models, name), scan, mask, label_version, is_whole)
         except ValueError as error:
             return self._refuse(in_a_sentence(error, scan, mask), request)
-        return self._show(found, window, has_outlines, request)
+        forget(self.sessions.of(request).values, EXAMPLE)
+        return self._show(found, name, window, has_outlines, request)
 
     def on_example(
         self, name: str, window: str, has_outlines: bool, event: gr.EventData, request: gr.Request
@@ -179,11 +184,8 @@ class CTTab:
         """No uploads any more, then as `score`."""
         choice = str(getattr(event, "choice", ""))
         torso = self.torsos[int(choice) if choice.isdigit() and int(choice) < len(self.torsos) else 0]
-        try:
-            scan = read_scan(named_model(self.models, name), torso.scan, torso.labels, "v2", False, torso.name)
-        except ValueError as error:
-            return [None, None, *self._refuse(in_a_sentence(error, torso.scan, torso.labels), request)]
-        return [None, None, *self._show(replace(scan, drawn=torso.findings), window, has_outlines, request)]
+        self.sessions.of(request).values[EXAMPLE] = torso
+        return [None, None, *self._score_torso(torso, name, window, has_outlines, request)]
 
     def on_finding(self, window: str, has_outlines: bool, event: gr.EventData, request: gr.Request) -> list[Any]:
         """Planes, sliders and sentence for the finding that was clicked."""
@@ -218,13 +220,24 @@ class CTTab:
 
         return on_scroll
 
-    def _show(self, scan: Scan, window: str, has_outlines: bool, request: gr.Request) -> list[Any]:
+    def _score_torso(
+        self, torso: TorsoExample, name: str, window: str, has_outlines: bool, request: gr.Request
+    ) -> list[Any]:
+        try:
+            scan = read_scan(named_model(self.models, name), torso.scan, torso.labels, "v2", False, torso.name)
+        except ValueError as error:
+            return self._refuse(in_a_sentence(error, torso.scan, torso.labels), request)
+        return self._show(replace(scan, drawn=torso.findings), name, window, has_outlines, request)
+
+    def _show(self, scan: Scan, name: str, window: str, has_outlines: bool, request: gr.Request) -> list[Any]:
         kept = self.sessions.of(request).values
         kept[KEY], kept[BOX], kept[CHOSEN] = scan, None, ""
         places = places_of(scan, None, None)
         depth, height, width = scan.values.shape
         spacing = " × ".join(f"{step:.2g}" for step in scan.spacing_mm_dhw)
-        said = markup.status(f"{scan.name}: {depth} slices of {height} × {width}, voxels of {spacing} mm. Scored.")
+        said = markup.status(
+            f"{scan.name}: {depth} slices of {height} × {width}, voxels of {spacing} mm. Scored by {name}."
+        )
         key = "" if scan.mask is None else markup.legend(colours_of(scan.anatomies))
         shown = planes(kept, places, window, has_outlines)
         return [said, *shown, *sliders_at(scan, places), key, "", findings_table(scan)]

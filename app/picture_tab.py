@@ -24,6 +24,9 @@ KEY, FOUND, CONCEPT = "picture", "annotation", "concept"
 # One question at a time for a model; what is quick need not wait for it.
 MODEL_EVENT: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "conceptclip", "concurrency_limit": 1}
 QUICK_EVENT: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "always_last"}
+# What was clicked stands in the event. Gradio repeats the first event where it leaves out those in between
+# ("always_last"), or drops the others ("once"); answered one by one, what is shown in the end is what is marked.
+EVERY_CLICK: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": 1}
 
 
 @dataclass(frozen=True)
@@ -159,10 +162,10 @@ class PictureTab:
         # A file that goes because an example comes is no wish of the visitor: hence not `change`.
         self.upload.upload(self.on_upload, [self.upload, *inputs], shown, **MODEL_EVENT)
         self.upload.clear(self.on_upload, [self.upload, *inputs], shown, **MODEL_EVENT)
-        chosen = self.thumbs.click(self.on_example, inputs, [self.upload, *shown], **MODEL_EVENT)
+        chosen = self.thumbs.click(self.on_example, inputs, [self.upload, *shown], **MODEL_EVENT | EVERY_CLICK)
         for event in (scored, chosen):
             event.then(fn=None, js=markup.scroll_to("picture-message"))
-        clicked = self.table.click(self.on_concept, [self.opacity], [self.view], **QUICK_EVENT)
+        clicked = self.table.click(self.on_concept, [self.opacity], [self.view], **QUICK_EVENT | EVERY_CLICK)
         clicked.then(fn=None, js=markup.scroll_to("picture-message"))
         self.opacity.input(self.on_opacity, [self.opacity], [self.view], **QUICK_EVENT)
 
@@ -182,7 +185,7 @@ class PictureTab:
             return markup.error_message(in_a_sentence(error)), bare, "", ""
         kept[FOUND], kept[CONCEPT] = found, next(iter(found.scores), "")
         view = heatmap(found, kept[CONCEPT], opacity) if found.scores else bare
-        said = "Scored. Choose a concept in the table to see where it is." if found.scores else "Scored."
+        said = f"Scored by {name}." + " Choose a concept in the table to see where it is." * bool(found.scores)
         return markup.status(said + darkness(image)), view, concept_table(found), prompt_answers(answers)
 
     def _ask(

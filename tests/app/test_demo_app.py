@@ -194,6 +194,15 @@ def test_another_concept_changes_the_heatmap_and_no_opacity_shows_the_bare_pictu
     assert np.array_equal(_pixels(page, "#picture-view"), bare)  # without opacity all concepts look alike
 
 
+def test_after_many_quick_clicks_the_heatmap_is_that_of_the_marked_row(page):
+    page.click("#picture-examples button >> nth=0")
+    page.wait_for_selector("#picture-table button")
+    page.evaluate("document.querySelectorAll('#picture-table button').forEach(row => row.click())")
+    last = page.locator("#picture-table button").last
+    assert last.get_attribute("aria-pressed") == "true"
+    page.wait_for_selector(f"#picture-view figcaption:text('{last.inner_text()}:')")
+
+
 def test_what_is_no_picture_is_refused_in_a_sentence_and_an_archive_is_not_opened(page, served, tmp_path):
     (tmp_path / "note.png").write_text("no picture")
     page.set_input_files("#picture-upload input[type=file]", tmp_path / "note.png")
@@ -286,6 +295,9 @@ def test_slices_scroll_and_a_finding_shows_its_window(page):
     assert re.search(r"window that was scored, \d+ × \d+ × \d+ mm", page.inner_text("#ct-window"))
     framed = _changed(page, "#ct-axial", bare)
     assert (framed == 255).all(axis=2).sum() > 50  # the dashes
+    page.click("#ct-run")  # scores the example once more, as after another model was chosen
+    page.wait_for_selector("#ct-window:not(:has(.mc-status))", state="attached")
+    assert "Scored by ct/final." in page.inner_text("#ct-message")
 
 
 def _colourful(pixels: np.ndarray) -> bool:
