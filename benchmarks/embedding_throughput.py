@@ -258,7 +258,8 @@ def measure_pictures(arguments: argparse.Namespace) -> None:
 
 def embed_pictures(watch: Watch, encoder: Encoder, source: PictureFolder, folder: Path, how: RunOptions) -> None:
     """All that scripts/embed.py does once model and source are there, the start of workers included."""
-    store = EmbeddingStore(folder, {}, num_rows=len(source), rows_per_shard=128, store_format="parquet")
+    store_format = "safetensors" if how.with_patches else "parquet"  # as the script has it
+    store = EmbeddingStore(folder, {}, num_rows=len(source), rows_per_shard=64, store_format=store_format)
     store.open()
     step = WatchedPictureStep(encoder, source, store, how)
     step.watch = watch

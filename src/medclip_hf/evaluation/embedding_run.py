@@ -206,13 +206,14 @@ class _Copied:
 
     def __init__(self, device: torch.device, stored_type: torch.dtype) -> None:
         self._parts: list[dict[str, Tensor]] = []
-        self._are_finite: list[dict[str, Tensor]] = []
+        self._sums: list[dict[str, Tensor]] = []
         self._stored_type = stored_type
         self._event = torch.cuda.Event() if device.type == "cuda" else None
 
     def add(self, values: dict[str, Tensor]) -> None:
         stored = {name: value.to(self._stored_type) for name, value in values.items()}
-        self._are_finite.append({name: _fetched(value.isfinite().all()) for name, value in stored.items()})
+        # A sum is finite if all of its terms are, and is had in one pass, where `isfinite` takes several.
+        self._sums.append({name: _fetched(value.sum(dtype=torch.float32)) for name, value in stored.items()})
         self._parts.append({name: _fetched(value) for name, value in stored.items()})
 
     def record(self) -> None:
@@ -223,7 +224,7 @@ class _Copied:
         if self._event is not None:
             self._event.synchronize()
         for name in (self._parts or [{}])[0]:
-            require_finite(all(bool(found[name]) for found in self._are_finite), name, self._stored_type, model)
+            require_finite(all(bool(sums[name].isfinite()) for sums in self._sums), name, self._stored_type, model)
         return {name: torch.cat([part[name] for part in self._parts]).numpy() for name in (self._parts or [{}])[0]}
 
 

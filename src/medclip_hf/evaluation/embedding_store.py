@@ -260,9 +260,14 @@ def _write_parquet(path: Path, shard: Shard, metadata: Mapping[str, Any]) -> Non
         columns[name] = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, width)
     table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)})
     row_bytes = max(1, sum(values.nbytes for values in shard.arrays.values()) // max(1, len(shard.row_ids)))
-    # Vectors neither shrink nor repeat.
+    # Vectors neither shrink nor repeat, and nobody looks for one by its smallest number.
     pq.write_table(
-        table, path, compression="none", use_dictionary=False, row_group_size=max(1, _BYTES_PER_GROUP // row_bytes)
+        table,
+        path,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=["row_id"],
+        row_group_size=max(1, _BYTES_PER_GROUP // row_bytes),
     )
 
 
