@@ -204,7 +204,8 @@ def _lay_out(num_maps: int, aspect: float, title: str, tile_inches: float) -> tu
     rows = -(-(num_maps + 1) // _MAX_COLUMNS)
     columns = -(-(num_maps + 1) // rows)
     tile_width = tile_inches * min(max(aspect, 0.4), _MAX_ASPECT)
-    tile_height = min(tile_inches, tile_width / aspect)  # of a wide strip, so that its names stay legible beside it
+    # Of a wide strip, so that its names stay legible beside it, and the bar has room for its label.
+    tile_height = min(tile_inches, max(tile_width / aspect, 0.6 * TILE_INCHES))
     width, height = columns * tile_width + 1.1, rows * (tile_height + 0.6)
     figure = Figure(figsize=(width, height + (0.4 if title else 0.0)), dpi=_DPI, layout="constrained")
     tiles = list(figure.subplots(rows, columns, squeeze=False).flat)
