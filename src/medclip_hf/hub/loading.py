@@ -76,7 +76,10 @@ def load_saved(model: str | Path, *, revision: str | None = None, dtype: Any = "
     except HubError:
         raise
     except Exception as error:  # of a damaged file, any: tokenizers raises plain ones
-        raise ValueError(f"{model} cannot be used: {beginning(error)}{_cure(model)}") from error
+        reason = beginning(error)
+        if "use_safetensors" in reason:  # transformers would tell to read pickles
+            reason = "there is no model.safetensors, or it could not be fetched, and other formats are not read."
+        raise ValueError(f"{model} cannot be used: {reason}{_cure(model)}") from error
     finally:
         logging.set_verbosity(verbosity)
     return loaded[0].eval(), processor
