@@ -28,7 +28,7 @@ _NAME = re.compile(
 )
 _AND = re.compile(r"[ \t]*(?:,|/|&|;|\b(?:and|und|et|y|e|en|or|oder)\b)[ \t]*(?:and[ \t]+)?")
 _TITLE = (
-    r"(?:Mr|Mrs|Ms|Miss|Mx|Drs?|Dra|DR|Prof|Profa|PROF|Professor(?:in)?|Doctora?|Doktor|Herrn?|Frau|Hrn?|Mme|Mlle|"
+    r"(?:Mr|Mrs|Ms|Miss|Mx|Drs?|Dra|DR|Prof|Profa|PROF|Professor(?:in)?|Doctora?|Docteure?|Doktor|Herrn?|Frau|Hrn?|Mme|Mlle|"
     r"Monsieur|Madame|Sig(?:\.ra|\.na)?|Signora?|Dott(?:\.ssa|or|oressa)?|Sr(?:a|ta)?|Señor(?:a|ita)?|Doña|Dhr|"
     r"Mevr?|Mw|Pani|Sister|Nurse|Schwester|Pfleger|Oberarzt|Oberärztin|Chefarzt|Chefärztin|Assistenzarzt|"
     r"Assistenzärztin|Facharzt|Hausarzt|Hausärztin|Kolleg(?:en?|in)|HERRN?|FRAU)\b\.?|(?:MR|MRS|MS|Fr)\.|\b(?:dhr|"
@@ -95,7 +95,8 @@ _BETWEEN = r"[ \t]*[:\-–,]?[ \t]*"
 _SIGNS = (
     (re.compile(rf"\b(?:{_TITLE})[ \t]*{_TITLE_TAIL}"), True),
     (re.compile(rf"\b(?i:{_NAME_OF})[ \t]*(?:[:=]|\bis\b)?[ \t]*"), True),
-    (re.compile(r"\b(?i:patient(?:in)?|pat\.|pt\.?|paciente|pacjentk?a?|hasta|attn)[ \t]*[:=,]?[ \t]*"), False),
+    (re.compile(r"\b(?i:patient(?:in)?|pat\.|pt\.?|paciente|pacjentk?a?|hasta|attn|"
+                r"врач|доктор|пациент(?:ка)?)[ \t]*[:=,]?[ \t]*"), False),
     (re.compile(rf"\b(?i:{_ROLE})(?:[ \t]*/)?{_BETWEEN}"), False),
     (re.compile(rf"\b(?i:{_BY}|{_WITH}|{_TO}|{_DIRECT}|"
                 rf"{_OTHER_LANGUAGES}){_BETWEEN}(?:(?i:the)[ \t]+(?i:{_ROLE}),?[ \t]+)?"), False),
@@ -109,7 +110,7 @@ _PATTERNS = (
                rf"pt)\b\.?)[ \t]*(?P<it>(?:{CAPITAL}\.[ \t]?){{1,3}})(?!\w)"),
     # Behind a title in small letters, or a label, the name may be in small letters as well.
     re.compile(r"\b(?:dr|prof|mrs|herr|herrn)\b\.?[ \t]+(?P<it>[^\W\d_][\w'’-]{2,38})"),
-    re.compile(rf"\b(?i:{_BY})[ \t]*:[ \t]*(?P<it>[^\W\d_][\w.'’-]{{1,38}})"),
+    re.compile(rf"\b(?i:{_BY}|user(?:[ ]?name)?|login)[ \t]*:[ \t]*(?P<it>[^\W\d_][\w.'’-]{{1,38}})"),
     re.compile(rf"\b(?i:{_NAME_OF})[ \t]*[:=][ \t]*(?P<it>[^\W\d_][\w'’-]{{1,38}}(?:,[ \t]*[^\W\d_][\w'’-]{{1,38}})?)"),
     re.compile(r"\b(?i:patient(?:in)?|pat\.|paciente)[ \t]*[:=][ \t]*"
                r"(?P<it>[^\W\d_][\w'’-]{2,38}[ \t,]+[^\W\d_][\w'’-]{2,38})(?=[ \t]*(?:$|[,;.(\n]|\d))"),

@@ -140,7 +140,7 @@ _RULES = (
     _rule("TIME", r"\b(?:[01]?\d|2[0-3]):[0-5]\d:[0-5]\d\b"),
     _rule("TIME", r"\b(?:[01]?\d|2[0-3])[:.][0-5]\d[ \t]*(?i:am|pm|a\.m\.|p\.m\.|uhr|hrs?|hours)(?!\w)"),
     _rule("AGE", rf"\b(?P<it>{_OLD})(?={_YEARS_OLD})"),
-    _rule("AGE", rf"\b(?i:aged?|alter(?:[ \t]+von)?|edad|âge|età|"
+    _rule("AGE", rf"\b(?i:aged?|(?:di[ ])?anni|alter(?:[ \t]+von)?|edad|âge|età|"
                  rf"leeftijd)[ \t]*[:=]?[ \t]*(?P<it>{_OLD})\b(?![.,]\d|\s*(?:%|mm|cm))"),
     _rule("AGE", r"\b(?P<it>(?i:ninety(?:[ -](?:one|two|three|four|five|six|seven|eight|"
                  r"nine))?))(?=[ -]years?[ -]old)"),
@@ -154,6 +154,7 @@ _RULES = (
     _rule("ID", r"(?<![\w.])[A-Z]{1,5}[-_/]?\d{5,}\w*\b"),
     _rule("ID", r"(?<![\w.,])\d{6,}[A-Z]?\b"),
     _rule("ID", r"\b\d{3}[ -]\d{2}[ -]\d{4}\b"),
+    _rule("ID", r"\b(?=[A-Z]*\d)(?=\w*\d{3})[A-Z\d]{12,40}\b"),
     _rule("ID", r"\b756\.\d{4}\.\d{4}\.\d\d\b"),  # of Switzerland's insurance
     _rule("ID", r"\b[A-Z]{6}\d\d[A-Z]\d\d[A-Z]\d{3}[A-Z]\b"),  # Italy's tax code
     _rule("ID", r"\b[12][ ]?\d\d[ ]?(?:0[1-9]|1[0-2])[ ]?\d[\dAB][ ]?\d{3}[ ]?\d{3}(?:[ ]?\d\d)?\b"),  # France's
@@ -175,6 +176,8 @@ _RULES = (
     _rule("ADDRESS", rf"(?:{NAME_WORD},?[ \t]+)?\b[A-Z]{{1,2}}\d[A-Z\d]?[ \t]\d[ABD-HJLNP-UW-Z]{{2}}\b"),
     _rule("ADDRESS", rf"\b(?P<digits>[1-9]\d{{3}})[ \t]?(?P<letters>[A-Z]{{2}})[ \t]+{NAME_WORD}", _is_dutch_code),
     _rule("ADDRESS", rf"\bVia[ \t]+(?:d[ei]l?[ \t]+)?{NAME_WORD}(?:[ \t]+{NAME_WORD})?,?[ \t]+\d{{1,4}}\b"),
+    _rule("ADDRESS", rf"\b(?i:ul|al)\.[ \t]+{NAME_WORD}[ \t]+\d{{1,4}}\b"),
+    _rule("ADDRESS", rf"(?<![\d-])\d\d-\d{{3}}[ \t]+{NAME_WORD}"),
     _rule("ADDRESS", r"〒[ \t]?\d{3}-?\d{4}[^\s,.、。]*"),
     _rule("ADDRESS", r"\b(?i:p\.?[ \t]?o\.?[ \t]?box|postfach)[ \t]+\d+"),
     _rule(
