@@ -1,6 +1,8 @@
 """The benchmarks of training steps run at a tiny size, so that one with a GPU at hand finds them working."""
 
+import argparse
 import importlib.util
+import re
 import sys
 
 import pytest
@@ -135,3 +137,26 @@ def test_processes_exchange_the_bytes_of_the_formula(benchmark):
         script.exchanged_bytes(2, script.SHARE.images, rows, script.SHARE.width) for rows in (1, script.SHARE.concepts)
     )
     assert travelled == pytest.approx(told, rel=0.02)  # labels come on top
+
+
+def test_the_time_of_embedding_is_told_by_tower_data_and_driver(benchmark, capsys):
+    script = benchmark("embedding_throughput")
+    script.measure_pictures(
+        argparse.Namespace(
+            layers=1,
+            image_size=32,
+            elsewhere_ms=5.0,
+            patches=False,
+            workers=[0],
+            own_cores=False,
+            pictures=8,
+            side=32,
+            batch_size=4,
+            rounds=1,
+        )
+    )
+    told = capsys.readouterr().out
+    assert "pipeline, 0 loader workers" in told
+    tower, data, driver = (float(share) for share in re.findall(r"(?:tower|data|driver) (-?[\d.]+)%", told))
+    assert tower > 0
+    assert tower + data + driver == pytest.approx(100, abs=0.2)
