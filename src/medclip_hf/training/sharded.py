@@ -122,7 +122,8 @@ def like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """`value`, which every process has whole, cut as `target` is."""
     if not isinstance(target, DTensor):
         return value
-    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    cut = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    return cut.to(target.device)  # shards kept in the memory of the machine belong to a mesh of GPUs all the same
 
 
 class ShardWriter:

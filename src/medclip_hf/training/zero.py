@@ -92,6 +92,8 @@ def cut(
     Raises:
         ValueError: compiled blocks under stage 3, whose hooks a compiler does not see.
     """
+    if accelerator.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read at the import; there may be GPUs that are not to be used
     import deepspeed
 
     if plan.stage == 3 and arguments.compile_blocks:
