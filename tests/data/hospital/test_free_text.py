@@ -170,6 +170,7 @@ def test_a_name_of_two_letters_goes_where_it_is_written_as_one():
         ("Board by Okonkwo. Her daughter-in-law Precious Mbeki, attn Stavros Mikro", "Okonkwo Mbeki Stavros Mikro"),
         ("Compte rendu signé par Lefèvre. Firmado por Muñoz. Dhr. Jansen", "Lefèvre Muñoz Jansen"),
         ("Врач Петров И.И., пациент Сидоров А.А.", "Петров Сидоров"),
+        ("Anna, Lung clear. Doe, Jane; Anna, Maria.", "Anna Doe Jane Maria"),
         ("dr. meier agrees. Name: müller, hans", "meier müller hans"),
         ("Jane Doe is a 45-year-old woman. Harper JS, FRCR. Signed: 王小明", "Jane Doe Harper 小明"),
     ],

@@ -1,10 +1,10 @@
 """Free text without what identifies a patient: every such place becomes the word for its kind, and is counted.
 
-Three finders work side by side: what this patient's headers and table say of him (names, numbers), rules for what
-looks like a date, name, number, address or institution, and the pattern recognisers of Presidio (phones by the
-numbering plans of countries, numbers with check digits). None of them understands the text: a first name in the middle
-of a sentence that stands in no header is found only by a language model of names, which `ner_model` can name. The rules
-lean to replacing too much.
+Four finders work side by side: what this patient's headers and table say of him (names, numbers), rules for what looks
+like a date, number, address or institution (`text_rules`), signs that a person is named (`persons`), and the pattern
+recognisers of Presidio (phones by the numbering plans of countries, numbers with check digits). None of them
+understands the text: a surname in the middle of a sentence, in no header and behind no sign, is found only by a
+language model of names, which `ner_model` can name. The rules lean to replacing too much.
 """
 
 from __future__ import annotations

@@ -139,6 +139,9 @@ _ORDINARY_ENDINGS = (
     *("ology", "logie", "ologen", "karzinom", "krebs", "infarkt", "itis", "pathie", "ämie", "ungen", "abteilung"),
     *("ambulanz", "chirurgie", "ometrie", "graphy", "graphie", "scopy", "ectomy", "lymphom", "tumor"),
 )
+_CAPITALISED = re.compile(NAME_WORD)
+_NAME_BEFORE = re.compile(rf"({NAME_WORD}),[ \t]{{1,3}}$")
+_REACH = 44  # characters of a name, a comma and spaces
 _STOP = re.compile(r"\.|(?=[,;)/\n])|$")
 _MIN_CAPITALS = 5  # letters of a first name all in capitals: ANA is an antibody
 _WORD = re.compile(r"[\w'’-]+")
@@ -195,26 +198,20 @@ def _end_of_name(text: str, match: re.Match[str], is_strong: bool) -> int | None
 
 def _first_names(text: str) -> Iterator[Span]:
     """Common first names, with the name behind them, or before them and a comma."""
-    for match in _first_name_pattern().finditer(text):
-        word = match["first"]
+    for match in _CAPITALISED.finditer(text):
+        word, (start, end) = match[0], match.span()
         if word.isupper() and len(word) < _MIN_CAPITALS:
             continue
-        if folded(re.split(r"[-‐]", word)[0]) not in _folded_first_names() or _THING.match(text, match.end("first")):
+        if folded(re.split(r"[-‐]", word)[0]) not in _folded_first_names() or _THING.match(text, end):
             continue
-        start, end = match.span("first")
         behind = _NAME.match(text, start)
         if behind is not None:
             end = max(end, _end_of_name(text, behind, True) or end)
-        before = match["before"]
-        if before and not _is_ordinary(before.rstrip(", \t")):
-            start = match.start("before")
+        before = _NAME_BEFORE.search(text, max(0, start - _REACH), start)
+        if before and not _is_ordinary(before[1]):
+            start = before.start()
         if not _THING.match(text, end):
             yield start, end, "NAME"
-
-
-@functools.cache
-def _first_name_pattern() -> re.Pattern[str]:
-    return re.compile(rf"(?P<before>{NAME_WORD},[ \t]+)?(?P<first>\b{CAPITAL}[\w'’-]{{1,38}}\w)")
 
 
 @functools.cache
