@@ -149,6 +149,7 @@ class PinnedLoader:
 
     def __init__(self, loader: Any, cores: set[int], spent: Spent) -> None:
         self.loader = loader
+        self.num_workers = loader.num_workers
         self.cores = cores
         self.spent = spent
 

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -162,7 +163,11 @@ def test_a_picture_that_kills_its_loader_worker_is_set_aside_alone(tmp_path, pic
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(image)
 
-    step.encoder = replace(step.encoder, preprocess=preprocess)
+    def forward(pixels):
+        time.sleep(0.1)  # so that the death comes while the tower computes
+        return encoder().forward_pixels(pixels)
+
+    step.encoder = replace(step.encoder, preprocess=preprocess, forward_pixels=forward)
     list(step.stream(tasks_of(step)))
     total = step.store.finish()
     assert (total.kept, total.dropped["picture killed its loader worker"]) == (6, 1)
@@ -321,3 +326,29 @@ def test_scans_in_common_batches_are_embedded_as_each_alone(tmp_path, num_worker
             np.testing.assert_allclose(shard.arrays["anatomy_embeds"][place], expected.nan_to_num(), atol=1e-6)
             seen += 1
     assert seen == 4
+
+
+class KillingScans(DrawnScans):
+    """The same, but the fifth takes down whoever reads it."""
+
+    def read(self, index):
+        if index == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(index)
+
+
+def test_a_scan_that_kills_its_loader_worker_is_set_aside_alone(tmp_path):
+    source = KillingScans()
+    store = EmbeddingStore(tmp_path, {}, num_rows=len(source), rows_per_shard=4, store_format="parquet")
+    store.open()
+    step = ScanStep(fvlm(), source, store, RunOptions(2, num_workers=1), window_size_dhw=(4, 8, 8))
+    list(step.stream([Task(0), Task(1)]))
+    assert store.finish().as_dict() == {
+        "kept": 3,
+        "dropped": {
+            "no anatomy of the model in the scan": 1,
+            "scan cannot be used": 1,
+            "scan killed its loader worker": 1,
+        },
+    }
+    assert [row_id for shard in read_shards(tmp_path) for row_id in shard.row_ids] == ["scan 0", "scan 1", "scan 5"]

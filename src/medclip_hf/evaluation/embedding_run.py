@@ -5,6 +5,8 @@ never reaches into another unit, so what a row becomes does not depend on who co
 """
 
 import logging
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -138,11 +140,11 @@ class PictureStep:
         while done < len(batches):
             before_fork()
             try:
-                for loaded in self._loader(batches[done:], self.options.num_workers):
+                for loaded in batches_of(self._loader(batches[done:], self.options.num_workers)):
                     done += 1
                     yield loaded
             except RuntimeError as error:
-                if not _is_death_of_worker(error):
+                if not is_death_of_worker(error):
                     raise
                 # Workers are ahead of the tower, so the picture to blame may be in one of the next batches.
                 logger.warning("a loader worker died; reading %d pictures one by one", len(batches[done]))
@@ -155,11 +157,11 @@ class PictureStep:
         parts: list[_Loaded] = []
         while left:
             try:
-                for loaded in self._loader([[index] for index in left], num_workers=1, batches_ahead=1):
+                for loaded in batches_of(self._loader([[index] for index in left], num_workers=1, batches_ahead=1)):
                     parts.append(loaded)
                     left.pop(0)
             except RuntimeError as error:
-                if not _is_death_of_worker(error):
+                if not is_death_of_worker(error):
                     raise
                 row_id = _row_id(self.source, left.pop(0))
                 parts.append((torch.zeros(0), [], [Drop("picture killed its loader worker", "", row_id)]))
@@ -266,7 +268,25 @@ class _Pictures(Dataset[Any]):
             return Drop("image cannot be preprocessed", f"{type(error).__name__}: {error}", row_id)
 
 
-def _is_death_of_worker(error: RuntimeError) -> bool:
+def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What the loader gives; the death of a worker is raised here.
+
+    PyTorch raises it from a signal handler, wherever the main thread is: mostly amid the tower. Without that handler
+    the loader finds the death itself, within seconds, when it is next asked.
+    """
+    batches = iter(loader)  # sets the handler
+    if not loader.num_workers or threading.current_thread() is not threading.main_thread():
+        yield from batches
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield from batches
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def is_death_of_worker(error: RuntimeError) -> bool:
+    """Whether a loader says that one of its workers was killed."""
     return "DataLoader worker" in str(error)
 
 

@@ -4,7 +4,7 @@ The numbers are those of `ct_zero_shot.embed_scan`, which embeds the windows of 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ from medclip_hf.data.workers import Task, TaskReport
 from medclip_hf.evaluation.ct_zero_shot import Protocol as WindowProtocol
 from medclip_hf.evaluation.ct_zero_shot import Size, cut_window, plan_windows
 from medclip_hf.evaluation.embedding_cache import encode_in_batches
-from medclip_hf.evaluation.embedding_run import STORED_TYPES, RunOptions, require_finite
+from medclip_hf.evaluation.embedding_run import STORED_TYPES, RunOptions, batches_of, is_death_of_worker, require_finite
 from medclip_hf.evaluation.embedding_store import EmbeddingStore, Shard, ShardWriter
 from medclip_hf.modeling.fvlm.anatomy_masks_fvlm import anatomy_token_mask
 
@@ -86,8 +86,8 @@ class ScanStep:
     def stream(self, tasks: Sequence[Task]) -> Iterator[TaskReport]:
         """Do several units without a pause between them; each is reported once its shard is on disk."""
         indices = [index for task in tasks for index in self.store.rows_of(task.number)]
-        cut_scans = iter(self._loader(indices))
         with ShardWriter(self.store) as writer:
+            cut_scans = self._cut_scans(indices, before_fork=writer.wait)
             for task in tasks:
                 unit = _ScanUnit(self.model, self.options)
                 for index in self.store.rows_of(task.number):
@@ -96,20 +96,45 @@ class ScanStep:
                 yield from writer.write(task, unit.shard, unit.drops)
             yield from writer.finish()
 
-    def _loader(self, indices: list[int]) -> DataLoader[Any]:
+    def _cut_scans(self, indices: list[int], before_fork: Callable[[], None]) -> Iterator[list[CutWindow] | Drop]:
+        """The windows of each scan; one whose reader takes its worker down is set aside, the others are not."""
+        done = 0
+        while done < len(indices):
+            before_fork()
+            try:
+                for found in batches_of(self._loader(indices[done:], self.options.num_workers)):
+                    done += 1
+                    yield found
+            except RuntimeError as error:
+                if not is_death_of_worker(error):
+                    raise
+                # Workers are ahead, so another one may be to blame: then it comes to this again.
+                logger.warning("a loader worker died; reading the next scan alone")
+                before_fork()
+                yield self._cut_alone(indices[done])
+                done += 1
+
+    def _cut_alone(self, index: int) -> list[CutWindow] | Drop:
+        try:
+            return next(batches_of(self._loader([index], num_workers=1)))
+        except RuntimeError as error:
+            if not is_death_of_worker(error):
+                raise
+            return Drop("scan killed its loader worker", "", self.source.row_id(index))
+
+    def _loader(self, indices: list[int], num_workers: int) -> DataLoader[Any]:
         patch_size_dhw = tuple(self.model.config.vision_config.patch_size_dhw)
         cutter = _CutScans(
             self.source, self.model.config.num_anatomies, patch_size_dhw, self.protocol, self.window_size_dhw
         )
-        workers = self.options.num_workers
         return DataLoader(
             cutter,
             sampler=indices,
             batch_size=None,
             collate_fn=_as_it_is,
-            num_workers=workers,
+            num_workers=num_workers,
             pin_memory=False,  # windows wait until their batch is full: pinned, they would fill the memory
-            multiprocessing_context="fork" if workers else None,
+            multiprocessing_context="fork" if num_workers else None,
         )
 
 
