@@ -7,7 +7,7 @@ from medclip_hf import ConceptCLIPConfig, ConceptCLIPModel
 from medclip_hf.training import checkpoints, sharded
 from medclip_hf.training.arguments import RunArguments
 from medclip_hf.training.checkpoints import RunState
-from medclip_hf.training.loop import make_accelerator
+from medclip_hf.training.launch import make_accelerator
 from medclip_hf.training.optimization import make_optimizer
 
 

@@ -15,7 +15,8 @@ from medclip_hf.modeling.fvlm import FVLMConfig, FVLMModel
 from medclip_hf.training import faults
 from medclip_hf.training.arguments import RunArguments
 from medclip_hf.training.calibration import CalibratedFVLMObjective, TextTeacher
-from medclip_hf.training.loop import make_accelerator, train
+from medclip_hf.training.launch import make_accelerator
+from medclip_hf.training.loop import train
 from medclip_hf.training.objectives import ConceptCLIPObjective, FVLMObjective
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from medclip_hf.training import faults
 from medclip_hf.training.arguments import RunArguments
 from medclip_hf.training.distributed import gather_counts, gather_rows, num_processes
-from medclip_hf.training.loop import make_accelerator, train
+from medclip_hf.training.launch import make_accelerator
+from medclip_hf.training.loop import train
 
 
 class TwoTowerConfig(PreTrainedConfig):

@@ -11,7 +11,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from medclip_hf.training.arguments import RunArguments, build_sections, read_recipe
-from medclip_hf.training.loop import TrainResult, make_accelerator
+from medclip_hf.training.launch import make_accelerator
+from medclip_hf.training.loop import TrainResult
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import os
 import random
 import sys
 import time
@@ -14,8 +13,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.utils import ProjectConfiguration, broadcast, gather_object
+from accelerate import Accelerator
+from accelerate.utils import broadcast, gather_object
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -26,11 +25,12 @@ from medclip_hf.training.acceleration import Watch, prepare_blocks
 from medclip_hf.training.arguments import RunArguments
 from medclip_hf.training.checkpoints import RunState
 from medclip_hf.training.gradients import Batch, Objective, StatefulObjective, backward
+from medclip_hf.training.launch import make_accelerator
 from medclip_hf.training.optimization import learning_rate_at, make_optimizer, set_learning_rate
-from medclip_hf.training.processes import join_processes, shared_store
+from medclip_hf.training.processes import shared_store
 from medclip_hf.training.run_record import RunRecord
 from medclip_hf.training.sampling import EpochBatchSampler, steps_per_epoch
-from medclip_hf.training.signals import STOPPING, StopRequest, ignore_stop_signals, stop_with_launcher
+from medclip_hf.training.signals import STOPPING, StopRequest, ignore_stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -87,44 +87,6 @@ class TrainResult:
     metrics: dict[str, float]
 
 
-def make_accelerator(arguments: RunArguments) -> Accelerator:
-    """The Accelerator of a run: device, processes, precision and trackers.
-
-    Raises:
-        ValueError: the processes are not those that were asked for, compute on different devices, or share the model in
-            a way that this loop does not.
-    """
-    if arguments.allow_tf32:
-        torch.set_float32_matmul_precision("high")
-    if arguments.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    zero.launched_plan()  # refuses what is not supported before processes meet
-    join_processes(use_cpu, arguments.timeout_seconds)
-    with zero.hidden_from_accelerate():
-        accelerator = Accelerator(
-            cpu=use_cpu,
-            mixed_precision=arguments.mixed_precision,
-            log_with=list(arguments.trackers) or None,
-            project_config=ProjectConfiguration(arguments.output_dir, str(Path(arguments.output_dir) / "trackers")),
-            # The models have no running statistics: nothing that would have to be sent before each forward pass.
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(
-                    broadcast_buffers=False,
-                    find_unused_parameters=arguments.find_unused_parameters,
-                    gradient_as_bucket_view=True,
-                )
-            ],
-        )
-    _check_processes(accelerator, arguments)
-    stop_with_launcher()
-    missing = set(arguments.trackers) - {getattr(kind, "value", kind) for kind in accelerator.log_with}
-    if missing:
-        raise ValueError(f"no tracker {sorted(missing)} is installed. Run: pip install 'medclip-hf[track]'")
-    return accelerator
-
-
 def train(
     model: Any,
     dataset: MapDataset,
@@ -155,8 +117,8 @@ def train(
             path continues from that one. Weights, moments, random states and data order are those of a run that was
             never stopped.
         recipe: written to `run.json`.
-        accelerator: from `make_accelerator`, if the caller needs one before or after; its `end_training`, which closes
-            trackers and process group, is then the caller's to call.
+        accelerator: from `launch.make_accelerator`, if the caller needs one before or after; its `end_training`, which
+            closes trackers and process group, is then the caller's to call.
 
     Raises:
         ValueError: an output folder that already holds a run, a checkpoint that is not of this run, too few rows.
@@ -642,38 +604,6 @@ def _check_global_batch(checkpoint: Path, state: RunState, num_processes: int, a
         f"{arguments.batch_size_per_process} rows each: its global batch is {before} rows. {cure}, or start a new run "
         "from the checkpoint's weights."
     )
-
-
-def _check_processes(accelerator: Accelerator, arguments: RunArguments) -> None:
-    """Refuse a launch that is not what was asked for."""
-    known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
-    if accelerator.distributed_type not in known:
-        raise ValueError(
-            f"this loop trains by data parallelism, in shards (FSDP) or without, not by "
-            f"{accelerator.distributed_type.value}. Launch with scripts/launch/fsdp2.yaml."
-        )
-    if arguments.num_processes != 1 and _was_launched_for_several(accelerator):
-        raise ValueError(
-            "several processes were asked for, but only one was started: without GPUs 'accelerate launch' needs mpirun "
-            "for more. Use: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ..., or "
-            "--config_file scripts/launch/cpu_processes.yaml. If one process is meant, say training.num_processes=1."
-        )
-    if arguments.num_processes is not None and arguments.num_processes != accelerator.num_processes:
-        raise ValueError(
-            f"the recipe is made for {arguments.num_processes} processes, but {accelerator.num_processes} run: the "
-            f"global batch would be {arguments.batch_size_per_process * accelerator.num_processes} instead of "
-            f"{arguments.batch_size_per_process * arguments.num_processes} rows. Launch that many, or set "
-            "training.num_processes=null and choose batch size and learning rate for what you have."
-        )
-
-
-def _was_launched_for_several(accelerator: Accelerator) -> bool:
-    """Whether `accelerate launch` was told to start several processes and silently started this one alone.
-
-    On CPUs it leaves that to mpirun: it sets an address to meet at, but no rank.
-    """
-    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
-    return accelerator.num_processes == 1 and is_launched and "LOCAL_RANK" not in os.environ
 
 
 def _make_output_dir(output_dir: Path, accelerator: Accelerator) -> None:
