@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -76,6 +77,17 @@ def test_the_death_of_the_server_that_workers_are_forked_from_loses_nothing(monk
 def test_a_step_that_cannot_start_says_why(num_workers):
     with pytest.raises(ValueError, match="no model at this path"):
         list(ProcessRunner(num_workers)(Broken, TASKS))
+
+
+class CountModels(Count):
+    def __call__(self, task):
+        return TaskReport(task, 1, Tally(kept=int("medclip_hf.registration" in sys.modules)))
+
+
+def test_workers_start_without_the_models():
+    assert "medclip_hf.registration" in sys.modules
+    (report,) = ProcessRunner(1)(CountModels, TASKS[:1])
+    assert report.tally.kept == 0
 
 
 class Sleep(Count):

@@ -1,9 +1,9 @@
 """Pipelines for commands."""
 
-import importlib
 import sys
 from typing import Any
 
+from medclip_hf import register
 from medclip_hf.hub.loading import beginning, load_saved
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -30,7 +30,7 @@ def load_pipeline(
     from transformers import pipeline
     from transformers.utils import logging
 
-    importlib.import_module("medclip_hf.registration")  # left out when the package was imported, see there
+    register()  # left out when this program imported the package
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     network, processor = load_saved(model, revision=revision, dtype=dtype)

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from typing import Any, Protocol
 
 from medclip_hf.data.stages import Tally
@@ -125,11 +127,28 @@ _step: Step | Exception | None = None  # of this worker process; what went wrong
 
 
 def _pool(make_step: MakeStep, num_workers: int) -> ProcessPoolExecutor:
-    # Forked from a server that has the imports done and no threads: workers start at once and share its memory, while a
-    # fork of this process would copy locks of threads that it has not.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["medclip_hf.data.engine.steps"])
+    context = fork_server("medclip_hf.data.engine.steps")
     return ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(make_step,))
+
+
+def fork_server(*modules: str) -> ForkServerContext:
+    """The way to start processes that are copies of a server which has imported these modules, and not our models.
+
+    They start at once and share its memory, while a fork of this process would copy locks of threads that it has not.
+    A process has one server: modules named after it has started are imported by each worker.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(modules))
+    before = os.environ.get("MEDCLIP_HF_REGISTER")
+    os.environ["MEDCLIP_HF_REGISTER"] = "0"
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["MEDCLIP_HF_REGISTER"]
+        else:
+            os.environ["MEDCLIP_HF_REGISTER"] = before
+    return context
 
 
 def _submit(pool: ProcessPoolExecutor, task: Task) -> Future[TaskReport]:
@@ -141,19 +160,24 @@ def _submit(pool: ProcessPoolExecutor, task: Task) -> Future[TaskReport]:
 
 def _start_worker(make_step: MakeStep) -> None:
     global _step
-    threading.Thread(target=_leave_with_the_run, daemon=True).start()
+    end_with_the_run()
     try:
         _step = make_step()
     except Exception as error:  # told to whoever asks: an initializer that fails looks like a death
         _step = error
 
 
-def _leave_with_the_run() -> None:
-    """A pool's processes outlive a run that was killed; ours do not, or they would write beside the next run.
+def end_with_the_run() -> None:
+    """Have this worker end when the run that started it does, were that killed.
 
-    The end of a pipe tells that the run is gone even while nobody has collected its exit code, as its process number
-    would not: who waits for the output of the run (`subprocess.run`) would wait for us.
+    A pool's processes outlive a run that was killed, and would write beside the next one. The end of a pipe tells that
+    the run is gone even while nobody has collected its exit code, as its process number would not: who waits for the
+    output of the run (`subprocess.run`) would wait for the worker.
     """
+    threading.Thread(target=_wait_for_the_end, daemon=True).start()
+
+
+def _wait_for_the_end() -> None:
     run = multiprocessing.parent_process()
     assert run is not None
     run.join()

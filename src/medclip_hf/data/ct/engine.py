@@ -14,18 +14,14 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
-import os
 import re
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +39,7 @@ from medclip_hf.data.parquet import require_writable, write_text_atomically
 from medclip_hf.data.records import AnatomyText, ScanRow
 from medclip_hf.data.reports.decomposition import check_report, decompose_report
 from medclip_hf.data.stages import Drop
+from medclip_hf.data.workers import end_with_the_run, fork_server
 
 logger = logging.getLogger(__name__)
 
@@ -278,9 +275,7 @@ def _each(
     if num_workers <= 1:
         yield from map(work, sources)
         return
-    # MONAI takes seconds to import: the fork server does so once, and its children are copies of it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "monai.transforms"])
+    context = fork_server(__name__, "monai.transforms")  # MONAI takes seconds to import
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker) as pool:
         futures = [pool.submit(work, source) for source in sources]
         try:
@@ -299,15 +294,7 @@ def _start_worker() -> None:
     import torch
 
     torch.set_num_threads(1)
-    threading.Thread(target=_exit_after_parent, daemon=True).start()
-
-
-def _exit_after_parent() -> None:
-    """A worker whose run was killed would wait for work forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+    end_with_the_run()
 
 
 def _check_sources(sources: Sequence[ScanSource]) -> None:

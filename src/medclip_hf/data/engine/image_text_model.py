@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
+from medclip_hf import register
 from medclip_hf.data.engine.figure_images import prepare_image
 from medclip_hf.data.engine.figure_type import MODALITIES, named_modality
 from medclip_hf.data.engine.settings import EngineSettings
@@ -58,6 +59,7 @@ class ImageTextModel:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         self.batch_size = batch_size
+        register()  # workers import the package without its models; the judge may be one of them
         self.model = AutoModel.from_pretrained(path).to(self.device).eval()
         if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "get_text_features"):
             raise ValueError(f"{path} is a {type(self.model).__name__}, which does not embed images and texts alike")
