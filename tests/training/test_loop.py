@@ -127,6 +127,20 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_training(tiny
         run(tiny, tmp_path / "file" / "run")
 
 
+def test_a_disk_that_is_full_at_the_end_is_named_and_a_continued_run_writes_the_model(tiny, tmp_path, monkeypatch):
+    def save_pretrained(self, folder, **_):
+        if "final" in str(folder):
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny.TwoTowers, "save_pretrained", save_pretrained)
+        with pytest.raises(OSError, match=r"final could not be written: .*No space left.*start again with --resume"):
+            run(tiny, tmp_path)
+    assert not (tmp_path / "final.tmp").exists()
+    result = run(tiny, tmp_path, resume=True)
+    assert tiny.TwoTowers.from_pretrained(result.model_path)
+
+
 def test_fewer_rows_than_a_batch_are_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="5 rows, but one global batch takes 8"):
         run(tiny, tmp_path, dataset=tiny.Numbers(5))

@@ -23,6 +23,9 @@ from medclip_hf.data.stages import Tally
 
 logger = logging.getLogger(__name__)
 
+# What the steps of the MedConcept engine need; spaCy, which they load only where they look for concepts, takes seconds.
+PRELOADED = ("medclip_hf.data.engine.steps", "medclip_hf.data.concepts.extraction", "spacy", "scispacy.abbreviation")
+
 DEATHS_ALONE = 2  # of the process that works on one task and nothing else, until the task is set aside
 
 
@@ -127,7 +130,7 @@ _step: Step | Exception | None = None  # of this worker process; what went wrong
 
 
 def _pool(make_step: MakeStep, num_workers: int) -> ProcessPoolExecutor:
-    context = fork_server("medclip_hf.data.engine.steps")
+    context = fork_server(*PRELOADED)
     return ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(make_step,))
 
 

@@ -129,10 +129,10 @@ def save_checkpoint(
             if keep is not None:
                 _remove_oldest(output_dir, keep)
 
-    _together(begin, temporary, accelerator)
-    _together(write, temporary, accelerator)
+    together(begin, temporary, accelerator)
+    together(write, temporary, accelerator)
     if writer is None:
-        _together(seal, temporary, accelerator)
+        together(seal, temporary, accelerator)
     else:
         writer.start(temporary, sharded.tensors_of(model, optimizer), seal)
     return final
@@ -144,11 +144,11 @@ def finish_checkpoint(writer: sharded.ShardWriter, final: Path, accelerator: Acc
     Raises:
         OSError: any process could not write its part; all of them raise it.
     """
-    _together(writer.wait, final.with_name(final.name + ".tmp"), accelerator)
+    together(writer.wait, final.with_name(final.name + ".tmp"), accelerator)
 
 
-def _together(work: Callable[[], None], temporary: Path, accelerator: Accelerator) -> None:
-    """Do this process's part; where it fails on any process, take the folder away and raise an OSError on all."""
+def together(work: Callable[[], None], temporary: Path, accelerator: Accelerator) -> None:
+    """Do this process's part of what all write; where one fails, take the folder away and raise an OSError on all."""
     error: BaseException | None = None
     try:
         work()

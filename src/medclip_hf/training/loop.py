@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -300,9 +301,8 @@ class _Run:
         self.watch.enter("writing the final model")
         model_path = self.output_dir / FINAL_MODEL
         weights = self._whole_weights()
-        if self.accelerator.is_main_process:
-            self._save_final_model(model_path, weights)
-        self.accelerator.wait_for_everyone()
+        write = partial(self._save_final_model, model_path, weights)
+        checkpoints.together(write, model_path.with_name(f"{FINAL_MODEL}.tmp"), self.accelerator)
         self.record.set_status("complete", self.step)
         return TrainResult("complete", self.step, 0, model_path, self.last_validation)
 
@@ -466,7 +466,9 @@ class _Run:
             checkpoints.save_model(path, self.unwrapped, self.processor, weights)
 
     def _save_final_model(self, model_path: Path, weights: dict[str, torch.Tensor] | None) -> None:
-        """The model of the best validation, or that of the last step; the main process calls this."""
+        """The model of the best validation, or that of the last step; written by the main process."""
+        if not self.accelerator.is_main_process:
+            return
         best_step = self._progress().best_step
         best = None if best_step is None else early_stopping.best_model_path(self.output_dir, best_step)
         if best is None or not best.is_dir():

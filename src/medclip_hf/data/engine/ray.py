@@ -92,7 +92,7 @@ class RayRunner:
                 num_cpus=self.num_actors if self.address is None else None,
                 include_dashboard=False if self.address is None else None,
                 log_to_driver=False,
-                runtime_env={"env_vars": {"MEDCLIP_HF_REGISTER": "0"}},  # actors handle data; no model is loaded unasked
+                runtime_env={"env_vars": {"MEDCLIP_HF_REGISTER": "0"}},  # actors handle data
             )
         context = ray_data.DataContext.get_current()
         context.enable_progress_bars = False  # ours counts items, not blocks
