@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from medclip_hf.data.hospital.free_text import TextDeidentifier
+from medclip_hf.data.hospital.free_text import CUT_OFF, TextDeidentifier
 from medclip_hf.data.phantoms.torso_reports import write_report
 from medclip_hf.data.phantoms.torsos import plan_patient
 
@@ -247,3 +247,9 @@ def test_dates_numbers_and_places_are_found_in_the_forms_of_other_countries(text
 )
 def test_a_known_name_or_number_is_found_in_another_form(value, text):
     assert TextDeidentifier(use_presidio=False)(f"saw {text} there", [value]).text.split()[1].startswith("[")
+
+
+def test_the_end_of_a_text_that_is_too_long_is_cut_off_between_words_and_counted():
+    result = TextDeidentifier(use_presidio=False)("lung " * 10_001 + "Miller")
+    assert result.text == "lung " * 9_999 + "lung"
+    assert result.counts == {CUT_OFF: 1}

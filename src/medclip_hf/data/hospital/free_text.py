@@ -35,7 +35,8 @@ from medclip_hf.data.hospital.text_rules import Span, rule_spans
 logger = logging.getLogger(__name__)
 
 KINDS = ("NAME", "DATE", "TIME", "ID", "PHONE", "EMAIL", "URL", "ADDRESS", "INSTITUTION", "AGE")
-MAX_CHARACTERS = 50_000  # of one text, 20 times a long report; what is beyond is cut off
+MAX_CHARACTERS = 50_000  # of one text, 20 times a long report; what is beyond is cut off, and counted as
+CUT_OFF = "CUT OFF"
 WRAPPED_LINE = 60  # characters: a line break after so many is no end of a sentence
 PHONE_REGIONS = ("US", "GB", "DE", "FR")  # each costs time on every text; numbers with "+" are known everywhere
 
@@ -87,14 +88,20 @@ class TextDeidentifier:
             text: a report or caption.
             identifying: what is known of this patient: names, numbers, addresses, institutions, as typed anywhere.
         """
-        text = _without_invisible(text[:MAX_CHARACTERS])
+        is_long = len(text) > MAX_CHARACTERS
+        if is_long:
+            text = text[:MAX_CHARACTERS].rpartition(" ")[0]  # half a name would not be found
+        text = _without_invisible(text)
         flowing = _without_wrapping(text)  # as long as the text: places are the same
         spans = [*_known_spans(flowing, identifying), *rule_spans(flowing), *person_spans(flowing)]
         if self.use_presidio:
             spans += _presidio_spans(flowing, self._recognisers())
         if self.ner_model is not None:
             spans += _model_spans(flowing, _model_engine(self.ner_model))
-        return _replaced(text, spans)
+        result = _replaced(text, spans)
+        if is_long:
+            result.counts[CUT_OFF] += 1
+        return result
 
     def _recognisers(self) -> Sequence[Any]:
         return _presidio_recognisers(self.regions)
