@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
-import medclip_hf  # noqa: F401 - makes the Auto classes know both models
+import medclip_hf
 from medclip_hf.data.ct.scan_index import read_scan_rows
 from medclip_hf.data.parquet import SPLITS
 from medclip_hf.data.stages import Tally
@@ -162,6 +162,7 @@ def make_step(options: argparse.Namespace) -> PictureStep | ScanStep:
     Raises:
         ValueError: model, source or folder do not fit.
     """
+    medclip_hf.register()  # actors of Ray start without the models
     device = place_of(options)
     if options.prepared:
         return make_scan_step(options, device)

@@ -15,7 +15,7 @@ from medclip_hf.modeling.fvlm import FVLMConfig, FVLMModel
 from medclip_hf.training import faults
 from medclip_hf.training.arguments import RunArguments
 from medclip_hf.training.calibration import CalibratedFVLMObjective, TextTeacher
-from medclip_hf.training.launch import make_accelerator
+from medclip_hf.training.launch import end, make_accelerator
 from medclip_hf.training.loop import train
 from medclip_hf.training.objectives import ConceptCLIPObjective, FVLMObjective
 
@@ -132,7 +132,7 @@ def main():
     collate = collate_scans if options.kind.startswith("fvlm") else collate_figures
     objective = new_objective(options.kind, model)
     result = train(model, Keys(), collate, objective, arguments, resume=options.resume, accelerator=accelerator)
-    accelerator.end_training()
+    end(accelerator)
     sys.exit(result.exit_code)
 
 

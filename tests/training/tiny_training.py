@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from medclip_hf.training import faults
 from medclip_hf.training.arguments import RunArguments
 from medclip_hf.training.distributed import gather_counts, gather_rows, num_processes
-from medclip_hf.training.launch import make_accelerator
+from medclip_hf.training.launch import end, make_accelerator
 from medclip_hf.training.loop import train
 
 
@@ -199,7 +199,7 @@ def main():
         resume=options.resume,
         accelerator=accelerator,
     )
-    accelerator.end_training()
+    end(accelerator)
     if accelerator.is_main_process:
         print(json.dumps({key: str(value) for key, value in asdict(result).items()}))
     sys.exit(result.exit_code)

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from medclip_hf.training.arguments import RunArguments, build_sections, read_recipe
-from medclip_hf.training.launch import make_accelerator
+from medclip_hf.training.launch import end, make_accelerator
 from medclip_hf.training.loop import TrainResult
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def train_by_recipe(
         logger.debug("where it was found", exc_info=True)
         sys.stderr.write(f"error: {error}\n")
         return 2
-    accelerator.end_training()
+    end(accelerator)
     if accelerator.is_main_process:
         sys.stdout.write(_summary(result, arguments))
     return result.exit_code

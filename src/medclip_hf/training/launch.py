@@ -51,6 +51,16 @@ def make_accelerator(arguments: RunArguments) -> Accelerator:
     return accelerator
 
 
+def end(accelerator: Accelerator) -> None:
+    """Close trackers and process group.
+
+    The wrapped models go first: one that outlives its group would end it once more, and then waits for ever at times
+    (seen with gloo in PyTorch 2.13).
+    """
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
 def _check_processes(accelerator: Accelerator, arguments: RunArguments) -> None:
     """Refuse a launch that is not what was asked for."""
     known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)

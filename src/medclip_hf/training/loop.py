@@ -26,7 +26,7 @@ from medclip_hf.training.acceleration import Watch, prepare_blocks
 from medclip_hf.training.arguments import RunArguments
 from medclip_hf.training.checkpoints import RunState
 from medclip_hf.training.gradients import Batch, Objective, StatefulObjective, backward
-from medclip_hf.training.launch import make_accelerator
+from medclip_hf.training.launch import end, make_accelerator
 from medclip_hf.training.optimization import learning_rate_at, make_optimizer, set_learning_rate
 from medclip_hf.training.processes import shared_store
 from medclip_hf.training.run_record import RunRecord
@@ -118,8 +118,8 @@ def train(
             path continues from that one. Weights, moments, random states and data order are those of a run that was
             never stopped.
         recipe: written to `run.json`.
-        accelerator: from `launch.make_accelerator`, if the caller needs one before or after; its `end_training`, which
-            closes trackers and process group, is then the caller's to call.
+        accelerator: from `launch.make_accelerator`, if the caller needs one before or after; `launch.end`, which closes
+            trackers and process group, is then the caller's to call.
 
     Raises:
         ValueError: an output folder that already holds a run, a checkpoint that is not of this run, too few rows.
@@ -146,7 +146,8 @@ def train(
                 raise lost from error
             raise
     if own_accelerator is not None:
-        own_accelerator.end_training()
+        del run
+        end(own_accelerator)
     return result
 
 
