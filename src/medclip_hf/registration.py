@@ -96,23 +96,3 @@ _register_conceptclip()
 _register_fvlm()
 _register_heads()
 register_pipelines()
-
-__all__ = [
-    "ConceptCLIPConfig",
-    "ConceptCLIPForImageClassification",
-    "ConceptCLIPForReportGeneration",
-    "ConceptCLIPForVisualQuestionAnswering",
-    "ConceptCLIPModel",
-    "ConceptCLIPProcessor",
-    "ConceptCLIPReportGenerationConfig",
-    "ConceptCLIPVisualQuestionAnsweringConfig",
-    "FVLMConfig",
-    "FVLMForAnatomyClassification",
-    "FVLMForReportGeneration",
-    "FVLMImageProcessor",
-    "FVLMModel",
-    "FVLMProcessor",
-    "FVLMReportGenerationConfig",
-    "FVLMVisionConfig",
-    "FVLMVisionModel",
-]
