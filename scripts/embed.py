@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 import medclip_hf
@@ -38,7 +37,14 @@ from medclip_hf.data.workers import Task, TaskReport
 from medclip_hf.evaluation.embedding_run import STORED_TYPES, PictureStep, RunOptions
 from medclip_hf.evaluation.embedding_sources import FigureShards, PictureFolder
 from medclip_hf.evaluation.embedding_store import EmbeddingStore
-from medclip_hf.evaluation.encoders import OPEN_CLIP_PREFIX, Encoder, load_encoder, make_encoder, model_identity
+from medclip_hf.evaluation.encoders import (
+    OPEN_CLIP_PREFIX,
+    Encoder,
+    load_complete,
+    load_encoder,
+    make_encoder,
+    model_identity,
+)
 from medclip_hf.evaluation.quantization import quantize_linear_layers
 from medclip_hf.evaluation.scan_embedding_run import ScanStep
 from medclip_hf.modeling.fvlm import FVLMModel
@@ -191,7 +197,7 @@ def make_step(options: argparse.Namespace) -> PictureStep | ScanStep:
 
 def make_scan_step(options: argparse.Namespace, device: torch.device) -> ScanStep:
     """The same for scans."""
-    model, processor = load_complete(options, device)
+    model, processor = load_model(options, device)
     if not isinstance(model, FVLMModel):
         raise ValueError(f"--prepared holds CT scans, but {options.model} is a {type(model).__name__}, no fVLM.")
     source = PreparedScans(options.prepared, options.split, processor.image_processor)
@@ -260,7 +266,7 @@ def load_picture_encoder(options: argparse.Namespace, device: torch.device) -> E
         if options.dtype == "int8":
             raise ValueError("int8 is for models of transformers.")
         return load_encoder(options.model, device=device, dtype=options.dtype)
-    model, processor = load_complete(options, device)
+    model, processor = load_model(options, device)
     encoder = make_encoder(model, processor, name=Path(options.model).name, device=device, dtype=model.dtype)
     if options.dtype == "int8":
         quantize_linear_layers(model)
@@ -268,7 +274,7 @@ def load_picture_encoder(options: argparse.Namespace, device: torch.device) -> E
     return encoder
 
 
-def load_complete(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any]:
+def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any]:
     """Model, in eval mode on its device, and processor.
 
     Raises:
@@ -277,16 +283,7 @@ def load_complete(options: argparse.Namespace, device: torch.device) -> tuple[An
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
     names = {"auto": "bfloat16" if on_gpu else "float32", "int8": "float32"}
     dtype = getattr(torch, names.get(options.dtype, options.dtype))
-    try:
-        model, report = AutoModel.from_pretrained(
-            options.model, revision=options.revision, dtype=dtype, output_loading_info=True
-        )
-        processor = AutoProcessor.from_pretrained(options.model, revision=options.revision)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{options.model} cannot be loaded as a model with its processor: {reason}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{options.model} lacks the weights of {len(missing)} parameters, among them {missing[0]}.")
+    model, processor = load_complete(options.model, revision=options.revision, dtype=dtype)
     return model.to(device).eval(), processor
 
 

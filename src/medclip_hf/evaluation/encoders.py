@@ -169,8 +169,20 @@ def load_encoder(
     if str(model).startswith(OPEN_CLIP_PREFIX):
         return _load_open_clip(str(model).removeprefix(OPEN_CLIP_PREFIX), place, precision, name)
     check_model_place(str(model), revision)
+    loaded, processor = load_complete(str(model), revision=revision, dtype=precision)
+    return make_encoder(
+        loaded, processor, device=place, dtype=precision, name=name or Path(str(model)).resolve().name or str(model)
+    )
+
+
+def load_complete(model: str, *, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A model of transformers whose every weight was stored, and its processor.
+
+    Raises:
+        ValueError: there is none, or weights are missing.
+    """
     try:
-        loaded, report = AutoModel.from_pretrained(model, revision=revision, dtype=precision, output_loading_info=True)
+        loaded, report = AutoModel.from_pretrained(model, revision=revision, dtype=dtype, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(model, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -184,9 +196,7 @@ def load_encoder(
             f"{model} lacks the weights of {len(missing)} parameters, among them {missing[0]}: they would be random. "
             "Check that config.json and the weight files belong together."
         )
-    return make_encoder(
-        loaded, processor, device=place, dtype=precision, name=name or Path(str(model)).resolve().name or str(model)
-    )
+    return loaded, processor
 
 
 def check_model_place(model: str, revision: str | None = None) -> None:
