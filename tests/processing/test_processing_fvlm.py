@@ -66,7 +66,9 @@ def test_the_crop_stays_inside_the_volume(image_processor):
 
 
 def test_padding_is_symmetric_up_to_the_crop_size_and_then_at_the_end_to_whole_patches(image_processor):
-    padded = image_processor._padded(np.ones((11, 30, 32)))
+    volume = np.linspace(0.1, 1, 11 * 30 * 32).reshape(11, 30, 32)
+    inputs = image_processor([volume, volume[:, :20]], do_window=False)
+    padded = inputs["pixel_values"][0, 0].numpy()
     assert padded.shape == (16, 32, 32)
     assert np.flatnonzero(padded.any(axis=(1, 2))).tolist() == list(range(2, 13))  # 5 missing: 2 before, 3 after
     assert np.flatnonzero(padded.any(axis=(0, 2))).tolist() == list(range(30))

@@ -10,6 +10,7 @@ everywhere inside. World coordinates are NIfTI's: millimetres, growing to the pa
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
@@ -238,39 +239,42 @@ def check_hounsfield(values: NDArray[Any], source: str) -> None:
         raise UnusableScan("not a number", f"{source}: holds NaN or infinite voxels. Restore it from its source.")
     if lowest == highest:
         raise UnusableScan("constant volume", f"{source}: every voxel is {lowest:g}")
-    step = max(1, round((values.size / _STATISTICS_VOXELS) ** (1 / 3)))
+    step = math.ceil((values.size / _STATISTICS_VOXELS) ** (1 / 3))
     sample = values[::step, ::step, ::step].ravel()
     body = sample[sample != lowest] if lowest < -1100 else sample
     if body.size == 0:
         raise UnusableScan("constant volume", f"{source}: hardly any voxel differs from {lowest:g}")
     found = f"{source}: values from {lowest:g} to {highest:g}"
-    below_air = float((body < -1300).mean())
+    below_air = _share(body < -1300)
     if below_air > 0.01:
         raise UnusableScan(
             "rescaled twice",
             f"{found}, {below_air:.0%} of the voxels below -1300 HU, where neither tissue nor air lies. Slope and "
             "intercept were probably applied to values that were Hounsfield units already; do not apply them again.",
         )
-    air = float(np.quantile(body, 0.001))
-    if air > -600:
+    if _share(body <= -600) < 0.001:
         raise UnusableScan(
             "not Hounsfield units",
-            f"{found}, without any air (0.1 % of the voxels lie below {air:g}; air is -1000 HU). Raw values whose "
-            "slope and intercept are still to be applied, a windowed copy, or not CT at all (MR).",
+            f"{found}, without any air (0.1 % of the voxels lie below {np.quantile(body, 0.001):g}; air is -1000 HU). "
+            "Raw values whose slope and intercept are still to be applied, a windowed copy, or not CT at all (MR).",
         )
-    dense = float((body > 1000).mean())
+    dense = _share(body > 1000)
     if dense > 0.1:
         raise UnusableScan(
             "not Hounsfield units",
             f"{found}, {dense:.0%} of the voxels above 1000 HU, as dense as cortical bone. Raw or inverted values?",
         )
-    tissue = float(((body > -300) & (body < 300)).mean())
+    tissue = _share((body > -300) & (body < 300))
     if tissue < 0.03:
         raise UnusableScan(
             "not Hounsfield units",
             f"{found}, but only {tissue:.1%} of the voxels between -300 and 300 HU, where soft tissue lies. "
             "Check slope and intercept (applied twice?) and that the scan shows a patient.",
         )
+
+
+def _share(flags: NDArray[np.bool_]) -> float:
+    return np.count_nonzero(flags) / flags.size
 
 
 def check_slices(values: NDArray[Any], source: str) -> None:

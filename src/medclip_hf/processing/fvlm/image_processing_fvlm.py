@@ -1,5 +1,6 @@
 """fVLM's image processor: CT volumes in Hounsfield units, with their anatomy masks, to model inputs."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,10 +136,8 @@ class FVLMImageProcessor(BaseImageProcessor):
                 if do_crop:
                     window = self._anatomy_window(mask)
                     volume, mask = volume[window], mask[window]
-            pairs.append((self._windowed(volume) if do_window else volume.astype(np.float32), mask))
-        if do_pad:
-            pairs = [(self._padded(volume), None if mask is None else self._padded(mask)) for volume, mask in pairs]
-        return self._batch(pairs, return_tensors)
+            pairs.append((volume, mask))
+        return self._batch(pairs, return_tensors, do_window=do_window, do_pad=do_pad)
 
     def _check_contract(self) -> None:
         for name in ("spacing_mm_dhw", "size_dhw", "patch_size_dhw", "crop_margin_dhw"):
@@ -210,34 +209,56 @@ class FVLMImageProcessor(BaseImageProcessor):
             slices.append(slice(max(0, places[0] - margin), min(mask.shape[axis], places[-1] + max(margin, 1))))
         return slices[0], slices[1], slices[2]
 
-    def _windowed(self, volume: np.ndarray) -> np.ndarray:
-        """Hounsfield units to [0, 1], float32."""
-        scaled = (volume.astype(np.float32) - np.float32(self.hu_min)) / np.float32(self.hu_max - self.hu_min)
-        return np.clip(scaled, 0.0, 1.0, out=scaled)
-
-    def _padded(self, array: np.ndarray) -> np.ndarray:
-        """Zeros around up to the size of the training crops, then at the end up to whole patches."""
-        widths = []
-        for size, smallest, patch in zip(array.shape, self.size_dhw, self.patch_size_dhw, strict=True):
-            missing = max(0, smallest - size)
-            before = missing // 2
-            rest = -(size + missing) % patch
-            widths.append((before, missing - before + rest))
-        return np.pad(array, widths)
-
-    def _batch(self, pairs: list[tuple[np.ndarray, np.ndarray | None]], return_tensors: str | None) -> BatchFeature:
-        """Volumes and masks of one size, stacked."""
-        size = tuple(max(volume.shape[axis] for volume, _ in pairs) for axis in range(3))
+    def _batch(
+        self,
+        pairs: list[tuple[np.ndarray, np.ndarray | None]],
+        return_tensors: str | None,
+        *,
+        do_window: bool,
+        do_pad: bool,
+    ) -> BatchFeature:
+        """Volumes and masks of one size, each voxel written once, where it stays."""
+        padded = [self._padded_size(volume.shape) if do_pad else (volume.shape, (0, 0, 0)) for volume, _ in pairs]
+        size = tuple(max(whole[axis] for whole, _ in padded) for axis in range(3))
         if any(length % patch for length, patch in zip(size, self.patch_size_dhw, strict=True)):
             raise ValueError(
                 f"The volumes have {size} voxels, no multiple of the patch {tuple(self.patch_size_dhw)}. Leave do_pad "
                 "on."
             )
-        data = {"pixel_values": np.stack([_pad_end(volume, size) for volume, _ in pairs])[:, None]}
-        masks = [_pad_end(mask.astype(np.uint8), size) for _, mask in pairs if mask is not None]
-        if masks:
-            data["anatomy_mask"] = np.stack(masks)
+        pixel_values = np.zeros((len(pairs), 1, *size), dtype=np.float32)
+        anatomy_mask = np.zeros((len(pairs), *size), dtype=np.uint8)
+        for index, ((volume, mask), (_, start)) in enumerate(zip(pairs, padded, strict=True)):
+            place = tuple(slice(first, first + length) for first, length in zip(start, volume.shape, strict=True))
+            inside = pixel_values[index, 0][place]
+            if do_window:
+                self._window_into(inside, volume)
+            else:
+                inside[...] = volume
+            if mask is not None:
+                anatomy_mask[index][place] = mask
+        data: dict[str, np.ndarray] = {"pixel_values": pixel_values}
+        if pairs[0][1] is not None:
+            data["anatomy_mask"] = anatomy_mask
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _padded_size(self, shape: Sequence[int]) -> tuple[Size, Size]:
+        """Size with zeros around up to that of the training crops, then at the end up to whole patches; first voxel."""
+        missing = [max(0, smallest - size) for size, smallest in zip(shape, self.size_dhw, strict=True)]
+        sizes = [size + more for size, more in zip(shape, missing, strict=True)]
+        depth, height, width = (size + -size % patch for size, patch in zip(sizes, self.patch_size_dhw, strict=True))
+        front, top, left = (more // 2 for more in missing)
+        return (depth, height, width), (front, top, left)
+
+    def _window_into(self, scaled: np.ndarray, volume: np.ndarray) -> None:
+        """Hounsfield units to [0, 1], float32; all steps of a slice are done while it lies in the processor's cache."""
+        width = np.float32(self.hu_max - self.hu_min)
+        scratch = np.empty(volume.shape[1:], dtype=np.float32)
+        for target, source in zip(scaled, volume, strict=True):
+            np.subtract(source, np.float32(self.hu_min), out=scratch, dtype=np.float32, casting="same_kind")
+            np.divide(scratch, width, out=scratch)
+            np.maximum(scratch, 0, out=scratch)
+            np.minimum(scratch, 1, out=scratch)
+            target[...] = scratch
 
 
 # Same rule as in data/ct/geometry.py, which cannot be imported here: this file travels to the Hub.
@@ -261,27 +282,30 @@ def check_hounsfield(values: np.ndarray, name: str) -> None:
     if lowest == highest:
         raise ValueError(f"{name} is constant: every voxel is {lowest:g}. Check what was read.")
     found = f"{name} holds values from {lowest:g} to {highest:g}"
-    step = max(1, round((values.size / _STATISTICS_VOXELS) ** (1 / 3)))
+    step = math.ceil((values.size / _STATISTICS_VOXELS) ** (1 / 3))
     sample = values[::step, ::step, ::step].ravel()
     body = sample[sample != lowest] if lowest < -1100 else sample
-    below_air = float((body < -1300).mean()) if body.size else 1.0
+    below_air = _share(body < -1300) if body.size else 1.0
     if below_air > 0.01:
         raise ValueError(
             f"{found}, {below_air:.0%} of them below -1300 HU, where neither tissue nor air lies. Slope and intercept "
             "were probably applied to Hounsfield units once more; do not apply them again."
         )
-    air = float(np.quantile(body, 0.001))
-    if air > -600:
+    if _share(body <= -600) < 0.001:
         raise ValueError(
             f"{found} and no air (-1000 HU): not Hounsfield units. Raw values whose slope and intercept are still to "
             "be applied, a windowed or scaled copy (do_window=False takes volumes in [0, 1]), or not CT at all (MR)."
         )
-    tissue = float(((body > -300) & (body < 300)).mean())
+    tissue = _share((body > -300) & (body < 300))
     if tissue < 0.03:
         raise ValueError(
             f"{found}, but only {tissue:.1%} of them between -300 and 300 HU, where soft tissue lies. Check slope and "
             "intercept (applied twice?) and that the scan shows a patient."
         )
+
+
+def _share(flags: np.ndarray) -> float:
+    return np.count_nonzero(flags) / flags.size
 
 
 def _as_list(arrays: Any, name: str) -> list[np.ndarray]:
@@ -305,11 +329,6 @@ def _as_list(arrays: Any, name: str) -> list[np.ndarray]:
     if not flat:
         raise ValueError(f"{name} is an empty list; give at least one volume.")
     return flat
-
-
-def _pad_end(array: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Zeros behind the array up to `size`."""
-    return np.pad(array, [(0, wanted - length) for wanted, length in zip(size, array.shape, strict=True)])
 
 
 __all__ = ["FVLMImageProcessor"]
