@@ -21,7 +21,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -168,13 +167,24 @@ Box = tuple[tuple[int, int], ...]  # (first, last) voxel along each axis
 
 
 def _anatomy_boxes(anatomy_mask: NDArray[Any], num_anatomies: int) -> dict[int, Box]:
-    """The box of each anatomy that occurs, by its place."""
-    found = ndimage.find_objects(anatomy_mask, max_label=num_anatomies)
-    return {
-        anatomy: tuple((part.start, part.stop - 1) for part in slices)
-        for anatomy, slices in enumerate(found)
-        if slices is not None
-    }
+    """The box of each anatomy that occurs, by its place.
+
+    Found from where runs of equal voxels along the last axis begin and end, of which there are a hundred times fewer
+    than voxels.
+    """
+    is_start = np.ones(anatomy_mask.shape, dtype=bool)  # every row begins a run
+    np.not_equal(anatomy_mask[..., 1:], anatomy_mask[..., :-1], out=is_start[..., 1:])
+    starts = np.flatnonzero(is_start)
+    ids = anatomy_mask.reshape(-1)[starts]
+    depth, height, left = np.unravel_index(starts, anatomy_mask.shape)
+    right = (np.append(starts[1:], anatomy_mask.size) - 1) % max(1, anatomy_mask.shape[-1])
+    boxes: dict[int, Box] = {}
+    for anatomy in range(num_anatomies):
+        runs = np.flatnonzero(ids == anatomy + 1)
+        if runs.size:
+            ends = ((depth, depth), (height, height), (left, right))
+            boxes[anatomy] = tuple((int(first[runs].min()), int(last[runs].max())) for first, last in ends)
+    return boxes
 
 
 def _published_window(box: Box, anatomy: int, shape: Size, window_size_dhw: Size) -> Window:
@@ -236,7 +246,9 @@ def _common_box(one: Box, two: Box) -> Box:
 
 
 def cut_window(volume: Tensor, anatomy_mask: Tensor, window: Window, patch_size_dhw: Size) -> tuple[Tensor, Tensor]:
-    """Voxels and mask of a window, with zeros at the end up to whole patches; other anatomies are background.
+    """Voxels and mask of a window, with zeros at the end up to whole patches; views where there is nothing to pad.
+
+    The mask keeps what the window shows of other anatomies; only the vectors of `window.anatomies` are of use.
 
     Args:
         volume: (D, H, W) in [0, 1].
@@ -248,10 +260,8 @@ def cut_window(volume: Tensor, anatomy_mask: Tensor, window: Window, patch_size_
     padding: list[int] = []
     for size, patch in zip(reversed(window.size_dhw), reversed(patch_size_dhw), strict=True):
         padding += [0, -size % patch]
-    ids = torch.tensor([anatomy + 1 for anatomy in window.anatomies], device=anatomy_mask.device)
-    mask = anatomy_mask[place]
-    mask = torch.where(torch.isin(mask, ids.to(mask.dtype)), mask, 0)
-    return F.pad(volume[place], padding), F.pad(mask, padding)
+    pixels, mask = volume[place], anatomy_mask[place]
+    return (F.pad(pixels, padding), F.pad(mask, padding)) if any(padding) else (pixels, mask)
 
 
 # Scores ----------------------------------------------------------------------------------------------------------
@@ -343,8 +353,8 @@ def embed_scan(
         for first in range(0, len(group), batch_size):
             part = group[first : first + batch_size]
             cuts = [cut_window(volume, anatomy_mask, window, patch_size_dhw) for window in part]
-            pixel_values = torch.stack([pixels for pixels, _ in cuts])[:, None].to(model.device)
-            masks = torch.stack([mask for _, mask in cuts]).to(model.device)
+            pixel_values = torch.stack([pixels.to(model.device) for pixels, _ in cuts])[:, None]
+            masks = torch.stack([mask.to(model.device) for _, mask in cuts])
             outputs = model(pixel_values=pixel_values, anatomy_mask=masks)
             for row, window in enumerate(part):
                 embeds[list(window.anatomies)] = outputs.anatomy_embeds[row, list(window.anatomies)].to(embeds.dtype)
