@@ -19,6 +19,7 @@ from medclip_hf.data.images import UnreadableImage
 from medclip_hf.data.parquet import write_figure_rows
 from medclip_hf.data.records import FigureRow
 from medclip_hf.data.workers import Task
+from medclip_hf.evaluation import scan_embedding_run
 from medclip_hf.evaluation.ct_zero_shot import embed_scan
 from medclip_hf.evaluation.embedding_run import PictureStep, RunOptions
 from medclip_hf.evaluation.embedding_sources import FigureShards, PictureFolder
@@ -188,6 +189,20 @@ def test_values_that_are_not_finite_end_the_run_and_are_never_written(tmp_path, 
     assert not step.store.is_done(0)
 
 
+def test_a_value_that_overflows_where_it_is_stored_ends_the_run(tmp_path, pictures):
+    step = step_in(tmp_path / "out", pictures, rows_per_shard=10, batch_size=5, stored_type="float16")
+    largest = [65519.0, 65520.0]  # float16 rounds the first to its largest number, the second to infinity
+
+    def forward(pixels):
+        return ImageEmbeddings(*[torch.full((len(pixels), 6), largest.pop(0))] * 2)
+
+    step.encoder = replace(step.encoder, forward_pixels=forward)
+    with pytest.raises(ValueError, match="image_embeds of linear are not finite in float16"):
+        list(step.stream(tasks_of(step)))
+    assert largest == []
+    assert not step.store.is_done(0)
+
+
 def test_a_shard_is_written_while_the_next_is_computed_and_none_is_left_half_written(tmp_path, pictures):
     step = step_in(tmp_path / "out", pictures, rows_per_shard=3, batch_size=3)
     whole, order, slow = step.store.write, [], threading.Event()
@@ -306,8 +321,9 @@ def fvlm():
     return FVLMModel(config).eval()
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_scans_in_common_batches_are_embedded_as_each_alone(tmp_path, num_workers):
+@pytest.mark.parametrize(("num_workers", "max_waiting"), [(0, 32), (2, 32), (0, 1)])
+def test_scans_in_common_batches_are_embedded_as_each_alone(tmp_path, num_workers, max_waiting, monkeypatch):
+    monkeypatch.setattr(scan_embedding_run, "MAX_WAITING_WINDOWS", max_waiting)
     source, model = DrawnScans(), fvlm()
     store = EmbeddingStore(tmp_path, {}, num_rows=len(source), rows_per_shard=5, store_format="safetensors")
     store.open()

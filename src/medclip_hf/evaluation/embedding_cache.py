@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 ROWS_PER_SHARD = 2048
 DEFAULT_BATCH_SIZE = 64
 Progress = Callable[[int, int], None]  # (rows done, rows of all)
+Batch = TypeVar("Batch", Tensor, list[Any])
 
 
 @dataclass(frozen=True)
@@ -256,11 +257,11 @@ def _encode_shard(
     return {**rows, "is_readable": is_readable}, failed, batch_size
 
 
-def encode_in_batches(values: Tensor, batch_size: int, encode: Callable[[int, Tensor], None]) -> int:
+def encode_in_batches(values: Batch, batch_size: int, encode: Callable[[int, Batch], None]) -> int:
     """The batch size that memory allowed, `batch_size` or a half, a quarter … of it, after all values were encoded.
 
     Args:
-        values: (N, …).
+        values: N of them, a tensor (N, …) or a list.
         batch_size: to start with.
         encode: called with the place of the first value and the values of a batch.
 

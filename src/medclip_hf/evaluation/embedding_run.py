@@ -7,7 +7,10 @@ never reaches into another unit, so what a row becomes does not depend on who co
 import logging
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -111,28 +114,36 @@ class PictureStep:
     def _embedded(
         self, batches: list[Sequence[int]], before_fork: Callable[[], None]
     ) -> Iterator[tuple[Arrays, list[str], list[Drop]]]:
-        """Embeddings of each batch as they are stored, one behind: the device computes the next while one is kept."""
-        waiting: tuple[_Copied, list[str], list[Drop]] | None = None
-        batch_size = self.options.batch_size
-        for pixel_values, rows, drops in self._loaded(batches, before_fork):
-            copied = _Copied(self.encoder.device, STORED_TYPES[self.options.stored_type])
-            if rows:
-                # To the device in the workers' type: a cast on the CPU would take longer than the copy.
-                pixel_values = pixel_values.to(self.encoder.device, non_blocking=True)
-                batch_size = encode_in_batches(pixel_values, batch_size, partial(self._encode_into, copied))
-            copied.record()
-            if waiting is not None:
-                yield waiting[0].values(self.encoder.name), waiting[1], waiting[2]
-            waiting = (copied, rows, drops)
-        if waiting is not None:
-            yield waiting[0].values(self.encoder.name), waiting[1], waiting[2]
+        """Embeddings of each batch as they are stored, one behind: a thread keeps one while the next is computed."""
+        keeping: deque[tuple[Future[Arrays], list[str], list[Drop]]] = deque()
 
-    def _encode_into(self, copied: "_Copied", _: int, pixel_values: Tensor) -> None:
+        def wait() -> None:
+            futures.wait([found for found, *_ in keeping])
+            before_fork()
+
+        batch_size = self.options.batch_size
+        with ThreadPoolExecutor(1, "embeddings") as thread:
+            for pixel_values, rows, drops in self._loaded(batches, wait):
+                kept = _Kept(self.encoder.device, STORED_TYPES[self.options.stored_type])
+                if rows:
+                    # To the device in the workers' type: a cast on the CPU would take longer than the copy.
+                    pixel_values = pixel_values.to(self.encoder.device, non_blocking=True)
+                    batch_size = encode_in_batches(pixel_values, batch_size, partial(self._encode_into, kept))
+                kept.record()
+                keeping.append((thread.submit(kept.values, self.encoder.name), rows, drops))
+                if len(keeping) > 1:
+                    found, rows, drops = keeping.popleft()
+                    yield found.result(), rows, drops
+            while keeping:
+                found, rows, drops = keeping.popleft()
+                yield found.result(), rows, drops
+
+    def _encode_into(self, kept: "_Kept", _: int, pixel_values: Tensor) -> None:
         found = self.encoder.encode_pixels(pixel_values)
         values = {"image_embeds": found.image_embeds, "image_norms": found.image_norms}
         if self.options.with_patches and found.patch_embeds is not None:
             values["patch_embeds"] = found.patch_embeds
-        copied.add(values)
+        kept.add(values)
 
     def _loaded(self, batches: list[Sequence[int]], before_fork: Callable[[], None]) -> Iterator[_Loaded]:
         """The pixels of each batch; a picture whose decoder takes its worker down is set aside, the others are not."""
@@ -203,35 +214,61 @@ class _Unit:
         return Shard(tuple(self.rows), arrays)
 
 
-class _Copied:
-    """Values on their way to the CPU, rounded before; `values` waits for them and for nothing launched later."""
+class _Kept:
+    """Values of a batch on their way to what is stored; `values` waits for them and for nothing launched later.
+
+    An accelerator rounds them before they travel; on a CPU that is left to whoever asks for `values`.
+    """
 
     def __init__(self, device: torch.device, stored_type: torch.dtype) -> None:
         self._parts: list[dict[str, Tensor]] = []
-        self._sums: list[dict[str, Tensor]] = []
+        self._rounded: list[dict[str, _Rounded]] = []
         self._stored_type = stored_type
         self._event = torch.cuda.Event() if device.type == "cuda" else None
 
     def add(self, values: dict[str, Tensor]) -> None:
-        stored = {name: value.to(self._stored_type) for name, value in values.items()}
-        # A sum is finite if all of its terms are, and is had in one pass, where `isfinite` takes several.
-        self._sums.append({name: _fetched(value.sum(dtype=torch.float32)) for name, value in stored.items()})
-        self._parts.append({name: _fetched(value) for name, value in stored.items()})
+        self._parts.append(values)
+        if self._event is not None:
+            self._round()
 
     def record(self) -> None:
         if self._event is not None:
             self._event.record()
 
     def values(self, model: str) -> Arrays:
+        self._round()
         if self._event is not None:
             self._event.synchronize()
-        for name in (self._parts or [{}])[0]:
-            require_finite(all(bool(sums[name].isfinite()) for sums in self._sums), name, self._stored_type, model)
-        return {name: torch.cat([part[name] for part in self._parts]).numpy() for name in (self._parts or [{}])[0]}
+        found: Arrays = {}
+        for name in self._rounded[0] if self._rounded else ():
+            parts = [part[name] for part in self._rounded]
+            require_finite(all(bool(part.is_finite) for part in parts), name, self._stored_type, model)
+            found[name] = (parts[0].values if len(parts) == 1 else torch.cat([part.values for part in parts])).numpy()
+        return found
+
+    def _round(self) -> None:
+        while self._parts:
+            values = self._parts.pop(0)
+            self._rounded.append({name: _as_stored(value, self._stored_type) for name, value in values.items()})
 
 
-def _fetched(value: Tensor) -> Tensor:
-    return value.to("cpu", non_blocking=True)
+@dataclass(frozen=True)
+class _Rounded:
+    """Values as they are stored, on the CPU or on their way there, and whether all of them are finite, (): bool."""
+
+    values: Tensor
+    is_finite: Tensor
+
+
+def _as_stored(values: Tensor, stored_type: torch.dtype) -> _Rounded:
+    # Rounding keeps the order, so all are finite if the least and the greatest are: one pass, where `isfinite` takes
+    # several. Both are NaN if any value is.
+    extremes = torch.stack(values.aminmax()).to(stored_type)
+    return _Rounded(_fetched(values.to(stored_type)), _fetched(extremes.isfinite().all()))
+
+
+def _fetched(values: Tensor) -> Tensor:
+    return values.to("cpu", non_blocking=True)
 
 
 def require_finite(is_finite: bool, name: str, stored_type: torch.dtype, model: str) -> None:

@@ -23,6 +23,9 @@ from medclip_hf.modeling.fvlm.anatomy_masks_fvlm import anatomy_token_mask
 
 logger = logging.getLogger(__name__)
 
+# Of whatever size, until their batch is full: of the published size each takes 40 MB, and keeps its scan in memory.
+MAX_WAITING_WINDOWS = 32
+
 
 class ScanSource(Protocol):
     """A numbered list of scans, the same in every process and after a restart."""
@@ -125,7 +128,12 @@ class ScanStep:
     def _loader(self, indices: list[int], num_workers: int) -> DataLoader[Any]:
         patch_size_dhw = tuple(self.model.config.vision_config.patch_size_dhw)
         cutter = _CutScans(
-            self.source, self.model.config.num_anatomies, patch_size_dhw, self.protocol, self.window_size_dhw
+            self.source,
+            self.model.config.num_anatomies,
+            patch_size_dhw,
+            self.protocol,
+            self.window_size_dhw,
+            self.model.dtype,
         )
         return DataLoader(
             cutter,
@@ -167,14 +175,14 @@ class _ScanUnit:
             waiting.append((row, anatomies, pixels, token_mask))
             if len(waiting) == self.options.batch_size:
                 self._embed(waiting)
-                waiting.clear()
+        if sum(map(len, self._waiting.values())) > MAX_WAITING_WINDOWS:
+            self._embed(max(self._waiting.values(), key=len))
 
     def embed_the_rest(self) -> None:
         """Embed the windows whose batch is not full: no other scan comes."""
         for waiting in self._waiting.values():
             if waiting:
                 self._embed(waiting)
-        self._waiting.clear()
 
     def shard(self) -> Shard:
         """What all scans have become."""
@@ -188,21 +196,21 @@ class _ScanUnit:
 
     def _embed(self, waiting: list[Waiting]) -> None:
         """Embed windows of one size."""
-        pixel_values = torch.stack([pixels for _, _, pixels, _ in waiting])[:, None]
 
-        def encode(start: int, chunk: Tensor) -> None:
-            part = waiting[start : start + len(chunk)]
-            token_mask = torch.stack([mask for *_, mask in part]).to(self.model.device)
+        def encode(_start: int, part: list[Waiting]) -> None:
+            # Put together where the model is: that spares the CPU a copy of tens of megabytes a window.
+            device = self.model.device
+            pixel_values = torch.stack([window.to(device, non_blocking=True) for _, _, window, _ in part])[:, None]
+            token_mask = torch.stack([mask.to(device, non_blocking=True) for *_, mask in part])
             with torch.no_grad():
-                outputs = self.model(
-                    pixel_values=chunk.to(self.model.device), anatomy_token_mask=token_mask, return_logits=False
-                )
+                outputs = self.model(pixel_values=pixel_values, anatomy_token_mask=token_mask, return_logits=False)
             found = outputs.anatomy_embeds.float().cpu()
-            for (row, anatomies, _, _), embeds in zip(part, found, strict=True):
+            for (row, anatomies, *_), embeds in zip(part, found, strict=True):
                 self._embeds[row][list(anatomies)] = embeds[list(anatomies)]
                 self._is_present[row][list(anatomies)] = True
 
-        self._batch_size = encode_in_batches(pixel_values, self._batch_size, encode)
+        self._batch_size = encode_in_batches(waiting, self._batch_size, encode)
+        waiting.clear()
 
 
 class _CutScans(Dataset[Any]):
@@ -215,12 +223,14 @@ class _CutScans(Dataset[Any]):
         patch_size_dhw: Size,
         protocol: WindowProtocol,
         window_size_dhw: Size,
+        dtype: torch.dtype,
     ) -> None:
         self.source = source
         self.num_anatomies = num_anatomies
         self.patch_size_dhw = patch_size_dhw
         self.protocol: WindowProtocol = protocol
         self.window_size_dhw = window_size_dhw
+        self.dtype = dtype
 
     def __len__(self) -> int:
         return len(self.source)
@@ -234,6 +244,7 @@ class _CutScans(Dataset[Any]):
             return Drop(getattr(error, "reason", "scan cannot be used"), str(error), row_id)
         if not windows:
             return Drop("no anatomy of the model in the scan", "", row_id)
+        volume = volume.to(self.dtype)  # as the model does first of all: here it halves what travels
         return [self._cut(volume, mask, window) for window in windows]
 
     def _cut(self, volume: Tensor, mask: Tensor, window: Any) -> CutWindow:
