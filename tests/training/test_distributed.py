@@ -46,7 +46,7 @@ def process_main(rank, world_size, folder):
         init_method=f"file://{folder}/{world_size}",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=180),
     )
     found = {"index": process_index(), "size": num_processes()}
     for case, counts in COUNTS[world_size].items():

@@ -20,6 +20,7 @@ from medclip_hf.training.processes import meet
 
 COMMON = {"max_steps": 8, "batch_size_per_process": 4, "learning_rate": 1e-2, "checkpoint_every": 2, "log_every": 1}
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+SOON_SECONDS = 120  # the start of the processes on a busy machine included; it takes 6 to 9 on an idle one
 TINY_TRAINING = Path(__file__).parent / "tiny_training.py"
 
 
@@ -39,7 +40,7 @@ def test_a_killed_process_ends_the_others_soon_and_is_named(start_tiny, tmp_path
     assert codes[2] not in (0, None)
     assert "process 1 no longer answers" in text
     assert "computing step 5" in text
-    assert seconds < 20
+    assert seconds < SOON_SECONDS
     assert (tmp_path / "checkpoints" / "checkpoint-00000004" / "manifest.json").exists()
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
 
@@ -52,7 +53,7 @@ def test_a_process_that_hangs_is_named_when_the_others_have_waited_long_enough(s
     assert codes[1] == EXIT_CODE, text
     assert "process 1 did not come: it has been computing step 5" in text
     assert "in embed (tiny_training.py:" in text
-    assert seconds < 25
+    assert seconds < SOON_SECONDS
 
 
 def test_a_process_that_fails_tells_the_others_why(start_tiny, tmp_path):

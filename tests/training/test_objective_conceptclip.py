@@ -151,7 +151,7 @@ def process_main(rank, world_size, folder, goldens):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/{world_size}", rank=rank, world_size=world_size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=180),
     )  # fmt: skip
     for case, (rows, concepts_of_rows) in CASES[world_size].items():
         batch = rows_of_process(make_batch(concepts_of_rows), rows, rank)

@@ -126,7 +126,7 @@ def run_group(rank, world_size, folder):
         init_method=f"file://{folder}/{world_size}",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=180),
     )
     for case, rows in ROWS[world_size].items():
         for kind in ("hard", "teacher", "peer") if case == "all" else ("hard",):

@@ -15,7 +15,7 @@ spec.loader.exec_module(signals)
 with signals.StopRequest() as stop:
     signals.stop_with_launcher()
     pathlib.Path(sys.argv[2]).touch()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while stop.received is None and time.monotonic() < deadline:
         time.sleep(0.01)
 pathlib.Path(sys.argv[3]).write_text(str(stop.received))
@@ -24,7 +24,7 @@ LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.a
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
 

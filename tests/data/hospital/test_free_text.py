@@ -96,9 +96,9 @@ def test_a_model_that_is_not_installed_is_named():
 
 @pytest.mark.parametrize("piece", ["A", "A b. ", "1 ", "A-", "Mr A A A, ", "a@", "a.", "Aa ", "by Aa, ", "/a", "Anna "])
 def test_hostile_texts_take_no_time(piece):
-    started = time.perf_counter()
+    started = time.process_time()
     TextDeidentifier(use_presidio=False)(piece * (8000 // len(piece)), ["a^b"])
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(
