@@ -15,9 +15,9 @@ from medclip_hf.data.parquet import write_figure_rows
 from medclip_hf.data.records import ConceptMention, FigureRow
 from medclip_hf.data.stages import Drop
 from medclip_hf.processing.conceptclip.processing_conceptclip import ConceptCLIPProcessor
+from medclip_hf.processing.pixels import scaled_pixels
 from medclip_hf.training.collators import FigureCollator, concept_identity
 from medclip_hf.training.datasets import FigureDataset, FigureExample
-from medclip_hf.training.pixels import scaled_pixels
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "mass", "in", "the", "lung", "no", "edema", "."]
 

@@ -15,8 +15,8 @@ from medclip_hf.data.ct.volumes import write_scan  # noqa: E402
 from medclip_hf.data.records import AnatomyText, ScanRow  # noqa: E402
 from medclip_hf.data.stages import Drop  # noqa: E402
 from medclip_hf.processing.fvlm import FVLMImageProcessor, FVLMProcessor, text_id  # noqa: E402
+from medclip_hf.processing.pixels import scaled_pixels  # noqa: E402
 from medclip_hf.training.collators import ScanCollator  # noqa: E402
-from medclip_hf.training.pixels import scaled_pixels  # noqa: E402
 from medclip_hf.training.scan_datasets import ScanDataset, report_caption  # noqa: E402
 from medclip_hf.training.tokenizers import train_wordpiece_tokenizer  # noqa: E402
 

@@ -14,8 +14,8 @@ from PIL import Image
 from medclip_hf.data.records import ConceptMention
 from medclip_hf.data.stages import Drop
 from medclip_hf.processing.fvlm.processing_fvlm import MAX_TEXT_LENGTH, index_texts, text_id
+from medclip_hf.processing.pixels import SCALING, figure_scaling, scan_scaling, stacked_figures
 from medclip_hf.training.datasets import FigureExample
-from medclip_hf.training.pixels import SCALING, figure_scaling, scan_scaling, stacked_figures
 from medclip_hf.training.scan_datasets import ScanExample
 
 _CUI = re.compile(r"C(\d{7})")
@@ -34,7 +34,7 @@ class FigureCollator:
     Args:
         processor: a `ConceptCLIPProcessor`.
         max_length: of a caption in tokens, [CLS] and [SEP] counted; spans beyond it are masked by the processor.
-        raw_pixels: leave the scaling of pixels to the device, see `pixels.py`; `pixel_values` are then uint8 and
+        raw_pixels: leave the scaling to the device (`processing.pixels`); `pixel_values` are then uint8 and
             `pixel_scaling` (B, 2, 3) comes with them.
 
     Returns (of a call):
@@ -106,7 +106,7 @@ class ScanCollator:
         reduce_false_negatives: False trains as CLIP does, for comparison: an anatomy's text is the right answer for its
             own scan alone, even where another scan is normal too or has the very same text. Then every text is encoded
             for itself under an identity of its own, and `is_abnormal` is true everywhere.
-        raw_pixels: leave the Hounsfield window to the device, see `pixels.py`; `pixel_values` are then int16 and
+        raw_pixels: leave the window to the device (`processing.pixels`); `pixel_values` are then int16 and
             `pixel_scaling` (B, 2, 1) comes with them.
 
     Returns (of a call):

@@ -14,6 +14,7 @@ from medclip_hf.modeling.conceptclip.loss_conceptclip import (
     patch_concept_alignment_loss,
     usable_concepts,
 )
+from medclip_hf.processing.pixels import scaled_pixels
 from medclip_hf.training.distributed import (
     ROWS_AT_ONCE,
     Block,
@@ -25,7 +26,6 @@ from medclip_hf.training.distributed import (
     sum_over_processes,
 )
 from medclip_hf.training.gradients import Batch
-from medclip_hf.training.pixels import scaled_pixels
 from medclip_hf.training.text_lengths import without_padding
 
 Places = tuple[Tensor, Tensor]  # rows and columns

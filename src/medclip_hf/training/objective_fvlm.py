@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medclip_hf.modeling.fvlm.loss_fvlm import anatomy_alignment_loss, anatomy_logits
+from medclip_hf.processing.pixels import SCALING, scaled_pixels
 from medclip_hf.training.distributed import gather_counts, gather_rows, in_float32, num_processes, process_index
 from medclip_hf.training.gradients import Batch
-from medclip_hf.training.pixels import SCALING, scaled_pixels
 from medclip_hf.training.text_lengths import bucket_sizes, without_padding
 
 
