@@ -13,8 +13,9 @@ that lie ready in memory; told is how the time divides into tower, waiting for d
 processor time. With --elsewhere-ms a stand-in that sleeps takes the tower's place: on a busy machine a tower on the CPU
 competes with its own loader workers, which one on an accelerator does not. With --own-cores the loaders run on other
 cores than the tower. "scans" does the same for drawn CT scans with an fVLM of the published size, and tells what each
-part of a scan's way takes. "precision" scores drawn figures, or the held-out scans of the demo, with the model as it is,
-in bfloat16, in int8 and, for ConceptCLIP's vision tower, in int8 ONNX; the difference of the mean AUC to float32 is paired, its interval a bootstrap over figures or patients.
+part of a scan's way takes. "precision" scores drawn figures, or the held-out scans of the demo, with the model as it
+is, in bfloat16, in int8 and, for ConceptCLIP's vision tower, in int8 ONNX; the difference of the mean AUC to float32 is
+paired, its interval a bootstrap over figures or patients.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,6 +74,35 @@ def siglip(tokenizer):
 
 
 MAKERS = {"conceptclip": conceptclip, "clip": clip, "siglip": siglip}
+
+
+@pytest.mark.parametrize("kind", list(MAKERS))
+def test_pixels_travel_as_bytes_and_are_scaled_where_the_model_is(kind, tokenizer, pictures):
+    model, processor = MAKERS[kind](tokenizer)
+    encoder = make_encoder(model, processor, name=kind)
+    large = pictures[0].resize((50, 41))
+    assert encoder.preprocess(large).dtype == torch.uint8
+    seen = []
+    replace(encoder, forward_pixels=seen.append).encode_pixels(encoder.preprocess(large)[None])
+    torch.testing.assert_close(
+        seen[0], processor.image_processor(images=large, return_tensors="pt")["pixel_values"], rtol=0, atol=1e-6
+    )
+
+
+class Blurred(SiglipImageProcessorPil):
+    """One that does more to scaled pixels than to bytes."""
+
+    def normalize(self, image, *args, **kwargs):
+        return super().normalize(image, *args, **kwargs) ** 3
+
+
+def test_an_image_processor_that_does_not_only_scale_at_its_end_makes_the_input_itself(tokenizer, pictures):
+    model, processor = siglip(tokenizer)
+    processor.image_processor = Blurred(size={"height": SIDE, "width": SIDE})
+    encoder = make_encoder(model, processor, name="blurred")
+    assert encoder.pixel_scaling is None
+    expected = processor.image_processor(images=pictures[0], return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(encoder.preprocess(pictures[0]), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", list(MAKERS))
