@@ -308,6 +308,21 @@ def test_raw_pixels_are_windowed_on_the_device_to_the_very_same_numbers(processo
     assert scaled_pixels(ScanCollator(processor, raw_pixels=True)([])).shape == (0, 1, *SIZE)
 
 
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_worker_fills_the_batch_where_the_main_process_reads_it(processor, folder, raw):
+    dataset = opened(folder)
+    collator = ScanCollator(processor, raw_pixels=raw)
+
+    def collate(examples):
+        batch = collator(examples)
+        return batch | {"shared": [batch[name].is_shared() for name in ("pixel_values", "anatomy_mask")]}
+
+    loader = DataLoader(dataset, batch_sampler=[[(0, 0), (0, 1)]], collate_fn=collate, num_workers=1)
+    batch, here = next(iter(loader)), collate([dataset[(0, 0)], dataset[(0, 1)]])
+    assert (batch["shared"], here["shared"]) == ([True, True], [False, False])
+    assert all(torch.equal(batch[name], here[name]) for name in ("pixel_values", "anatomy_mask", "input_ids"))
+
+
 def test_crops_of_another_size_are_refused(processor, folder):
     with pytest.raises(ValueError, match="processor's size"):
         ScanCollator(processor)([opened(folder, size_dhw=(4, 8, 8))[0]])

