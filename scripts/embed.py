@@ -40,7 +40,6 @@ from medclip_hf.evaluation.embedding_store import EmbeddingStore
 from medclip_hf.evaluation.encoders import (
     OPEN_CLIP_PREFIX,
     Encoder,
-    load_complete,
     load_encoder,
     make_encoder,
     model_identity,
@@ -48,6 +47,7 @@ from medclip_hf.evaluation.encoders import (
 from medclip_hf.evaluation.quantization import quantize_linear_layers
 from medclip_hf.evaluation.scan_embedding_run import ScanStep
 from medclip_hf.modeling.fvlm import FVLMModel
+from medclip_hf.modeling.loading import load_complete
 from medclip_hf.pipelines.pipeline_ct import window_of
 from medclip_hf.training.scan_datasets import stored_scan_inputs
 

@@ -147,6 +147,7 @@ def test_weights_of_another_configuration_are_told(conceptclip_folder, pictures,
     ("name", "content", "said"),
     [
         ("config.json", "[]", "its configuration cannot be read: it is a list"),
+        ("config.json", "[" * 100_000, "its configuration cannot be read: maximum recursion depth"),
         ("config.json", {"hidden_size": "wide"}, "'hidden_size' expected int, got str"),
         ("config.json", {"hidden_act": "none"}, "KeyError 'none'"),
         ("model.safetensors", "version https://git-lfs.github.com/spec/v1", "header"),

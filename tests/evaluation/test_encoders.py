@@ -1,5 +1,6 @@
 """One interface for ours and for peers: equal to the models' own output, with an identity that follows every change."""
 
+import json
 import sys
 import types
 from dataclasses import replace
@@ -251,13 +252,35 @@ def test_models_that_cannot_be_compared_are_refused(tokenizer, tmp_path):
         make_encoder(model, processor, name="m", dtype="int8")
 
 
-def test_weights_that_are_incomplete_are_refused(tokenizer, tmp_path):
-    model, processor = conceptclip(tokenizer, has_patch_heads=False)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    conceptclip(tokenizer)[0].config.save_pretrained(tmp_path)  # now with heads, which the weights lack
-    with pytest.raises(ValueError, match="lacks the weights"):
-        load_encoder(tmp_path)
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    """A complete model of the first stage."""
+    for part in conceptclip(tokenizer, has_patch_heads=False):
+        part.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_weights_that_are_incomplete_are_refused(tokenizer, saved):
+    conceptclip(tokenizer)[0].config.save_pretrained(saved)  # now with heads, which the weights lack
+    with pytest.raises(ValueError, match="not those of its configuration"):
+        load_encoder(saved)
+
+
+def test_weights_that_are_damaged_are_refused(saved):
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="cannot be used"):
+        load_encoder(saved)
+
+
+def test_code_of_a_model_is_neither_run_nor_asked_about(saved, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run the code"))
+    config = json.loads((saved / "config.json").read_text())
+    code = {"model_type": "stranger", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    (saved / "config.json").write_text(json.dumps(config | code))
+    (saved / "code.py").write_text("raise SystemExit('the code was run')")
+    with pytest.raises(ValueError, match="cannot be used"):
+        load_encoder(saved)
 
 
 @pytest.mark.parametrize("texts", ["one string", [], ["fine", " "], ["fine", None]])

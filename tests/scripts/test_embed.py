@@ -160,7 +160,7 @@ def test_int8_embeddings_point_nearly_the_same_way_and_are_of_another_model(scri
     [
         (["--batch-size", "0"], "batch_size must be at least 1"),
         (["--rows-per-shard", "4"], "rows_per_shard was 3 and is 4"),
-        (["--model", "no/such/model/here"], "cannot be loaded"),
+        (["--model", "no/such/model/here"], "cannot be used"),
         (["--dtype", "int8", "--device", "cuda"], "int8 runs on the CPU alone"),
         (["--device", "gpu"], "is no device"),
     ],

@@ -3,8 +3,8 @@
 import sys
 from typing import Any
 
-from medclip_hf import register
-from medclip_hf.hub.loading import beginning, load_saved
+from medclip_hf.hub.loading import load_saved
+from medclip_hf.modeling.loading import beginning
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -30,7 +30,6 @@ def load_pipeline(
     from transformers import pipeline
     from transformers.utils import logging
 
-    register()  # left out when this program imported the package
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     network, processor = load_saved(model, revision=revision, dtype=dtype)

@@ -19,10 +19,11 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from medclip_hf.evaluation.zero_shot import ClassEmbeddings, check_prompts, embed_classes
 from medclip_hf.modeling.conceptclip import ConceptCLIPModel
+from medclip_hf.modeling.loading import is_path, load_complete
 from medclip_hf.processing.conceptclip.processing_conceptclip import to_rgb
 from medclip_hf.processing.pixels import SCALING, figure_scaling, scaled_pixels
 
@@ -185,30 +186,6 @@ def load_encoder(
     )
 
 
-def load_complete(model: str, *, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A model of transformers whose every weight was stored, and its processor.
-
-    Raises:
-        ValueError: there is none, or weights are missing.
-    """
-    try:
-        loaded, report = AutoModel.from_pretrained(model, revision=revision, dtype=dtype, output_loading_info=True)
-        processor = AutoProcessor.from_pretrained(model, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{model} cannot be loaded as a model with its processor: {reason} Name a folder that holds config.json, "
-            "model.safetensors and the files of its processor, or a repository of the Hub."
-        ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"{model} lacks the weights of {len(missing)} parameters, among them {missing[0]}: they would be random. "
-            "Check that config.json and the weight files belong together."
-        )
-    return loaded, processor
-
-
 def check_model_place(model: str, revision: str | None = None) -> None:
     """Ask once whether a model is there: loading would ask again and again for a minute where no network is.
 
@@ -221,7 +198,7 @@ def check_model_place(model: str, revision: str | None = None) -> None:
     """
     if Path(model).is_dir():
         return
-    if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith("/"):
+    if Path(model).exists() or is_path(model):
         raise ValueError(f"there is no folder {model}: name the folder of a model, or a repository of the Hub.")
     try:
         if isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):

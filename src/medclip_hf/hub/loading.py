@@ -1,4 +1,4 @@
-"""A saved model and its processor, complete or not at all: what is wrong is told in a sentence, and no code is run.
+"""What a folder or a repository of the Hub holds, and its model, with what is wrong told in a sentence.
 
 PyTorch and transformers are imported when a model is read: a wrong name is told before.
 """
@@ -7,11 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from medclip_hf.hub.errors import HubError, hub_errors
+from medclip_hf.hub.errors import HubError, explain, hub_errors
+from medclip_hf.modeling.loading import beginning, is_path, load_complete
 
 MODEL_TYPES = ("conceptclip", "fvlm")
-_PICKLES = ("*.pkl", "*.pickle", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.joblib")
-_OFFICIAL = ("visual.", "visual_encoder.")  # of keys of the releases
 
 
 def model_type_of(model: str, revision: str | None = None) -> str:
@@ -28,7 +27,7 @@ def model_type_of(model: str, revision: str | None = None) -> str:
             values, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
         if not isinstance(values, dict):
             raise ValueError(f"it is a {type(values).__name__} and no object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, HubError):
             raise
         raise ValueError(f"{model}: its configuration cannot be read: {beginning(error)}") from error
@@ -44,7 +43,7 @@ def model_type_of(model: str, revision: str | None = None) -> str:
 
 
 def load_saved(model: str | Path, *, revision: str | None = None, dtype: Any = "auto") -> tuple[Any, Any]:
-    """A model in evaluation mode and its processor: from safetensors alone, without a gap, and no code of its own.
+    """A model in evaluation mode and its processor; see `load_complete`.
 
     Args:
         model: folder or Hub name.
@@ -52,47 +51,15 @@ def load_saved(model: str | Path, *, revision: str | None = None, dtype: Any = "
         dtype: of the weights; "auto" is that of the file.
 
     Raises:
-        ValueError: as `model_type_of`, or weights or processor cannot be used.
+        ValueError: as `check_place` and `load_complete`; `HubError` with what the Hub refused.
     """
     model = str(model)
     check_place(model)
-    from transformers import AutoModel, AutoProcessor
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what does not fit is told below
     try:
-        with _asking_the_hub(model):
-            loaded: Any = AutoModel.from_pretrained(
-                model,
-                revision=revision,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are among the gaps
-            )
-            _check_gaps(loaded[1])
-            processor = AutoProcessor.from_pretrained(model, revision=revision)
-    except HubError:
-        raise
-    except Exception as error:  # of a damaged file, any: tokenizers raises plain ones
-        reason = beginning(error)
-        if "use_safetensors" in reason:  # transformers would tell to read pickles
-            reason = "there is no model.safetensors, or it could not be fetched, and other formats are not read."
-        raise ValueError(f"{model} cannot be used: {reason}{_cure(model)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    return loaded[0].eval(), processor
-
-
-def _check_gaps(info: dict[str, Any]) -> None:
-    """Refuse a model that was not filled with exactly the weights of its folder."""
-    gaps = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
-    if any(key.startswith(_OFFICIAL) for key in gaps.get("unexpected_keys", ())):
-        raise ValueError("its weights have the names of the release: scripts/convert_checkpoint.py converts them")
-    if gaps:
-        some = {name: keys[:3] for name, keys in gaps.items()}
-        raise ValueError(f"its weights are not those of its configuration: {some}")
+        return load_complete(model, revision=revision, dtype=dtype)
+    except ValueError as error:
+        refused = None if Path(model).is_dir() or error.__cause__ is None else explain(error.__cause__, model)
+        raise refused or error from error.__cause__
 
 
 def check_place(model: str) -> None:
@@ -114,26 +81,10 @@ def check_place(model: str) -> None:
         if (path / "adapter_config.json").is_file():
             raise ValueError(f"{model} holds an adapter alone: merge it into its base first.")
         raise ValueError(f"{model} holds no config.json: name the folder that save_pretrained wrote.")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith("/"):
+    if is_path(model):
         raise ValueError(f"there is no folder {model}.")
 
 
 def _asking_the_hub(model: str) -> AbstractContextManager[None]:
     """What the Hub refuses is told in a sentence; a folder on this disk has nothing to do with it."""
     return nullcontext() if Path(model).is_dir() else hub_errors(model)
-
-
-def _cure(model: str) -> str:
-    """What to do about a folder whose weights lie there in another format."""
-    path = Path(model)
-    if not path.is_dir() or any(path.glob("*.safetensors")):
-        return ""
-    found = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
-    there = f" ({', '.join(found)} is not read: only safetensors are)" if found else ""
-    return f" The folder holds no *.safetensors{there}."
-
-
-def beginning(error: BaseException) -> str:
-    """The sentence of an error, which may go on in a second line; a `KeyError` alone would be a word without sense."""
-    lines = [line.strip() for line in str(error).strip().splitlines()[:2]]
-    return " ".join(lines) if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {error}".strip()
