@@ -83,6 +83,15 @@ def test_a_path_whose_folders_hold_spaces_is_cut_as_a_setting():
     assert "| started from | base |" in text
 
 
+def test_signs_that_steer_a_screen_or_turn_letters_round_are_left_out():
+    assert "\n# Cells x y\n" in model_card(facts(name="Cells\x1b\u202ex\0\ny"))
+
+
+@pytest.mark.parametrize("link", ["LICENSE", "https://example.org/licence?v=1"])
+def test_a_licence_of_its_own_is_linked(link):
+    assert f"[Own]({link})" in model_card(facts(license="other", license_name="Own", license_link=link))
+
+
 @pytest.mark.parametrize("path", ["/home/jane/models/base", r"C:\Users\jane\models\base", "~/models/base"])
 def test_of_a_path_only_the_last_part_is_published(path):
     text = model_card(facts(training={"started from": path}, summary=f"See {path} and https://example.org/a/b."))
@@ -101,6 +110,9 @@ def test_of_a_path_only_the_last_part_is_published(path):
         ({"pipeline_tag": "ct-classification"}, "pipeline_tag"),
         ({"license": "Apache 2.0"}, "license"),
         ({"license": "other"}, "license_name"),
+        ({"license": "other", "license_name": "Own", "license_link": "/home/jane/LICENSE"}, "license_link"),
+        ({"license": "other", "license_name": "Own", "license_link": "https://a.org)\n# x"}, "license_link"),
+        ({"auto_class": "AutoModel\nimport os"}, "auto_class"),
         ({"name": " "}, "name"),
         ({"model_type": "clip"}, "model_type"),
     ],

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from medclip_hf.data.hospital.pseudonyms import KEY_BYTES, Pseudonyms, read_or_create_key
 from medclip_hf.data.hospital.search_set import SearchSet
+from medclip_hf.hub.push import files_to_push
 from medclip_hf.hub.push_checks import check_before_push
 
 VALUES = ["ZEBULONSKY^MARTHA", "Müller, Jörg", "PX-774411", "00123456", "19530417", "12", "1.2.840.99.1.2.3.4.5.6"]
@@ -156,6 +157,38 @@ def test_bytes_behind_the_tensors_are_found(model, identifiers):
     with (model / "model.safetensors").open("ab") as file:
         file.write(b"Zebulonsky")
     assert [f.kind for f in check_before_push(model, identifiers)] == ["bytes that belong to no tensor"]
+
+
+DEEP = b"[" * 100_000  # deeper than a reader of JSON follows
+
+
+@pytest.mark.parametrize("header", [b"5", b"[]", DEEP, b'{"__metadata__": "x"}', b'{"a": [1, 2]}'])
+def test_a_header_that_is_none_is_a_finding(model, header):
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    (finding,) = check_before_push(model, None)
+    assert "cannot be searched" in finding.kind
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"model": [1]}', DEEP])
+def test_a_tokenizer_that_is_none_is_a_finding(model, content):
+    (model / "tokenizer.json").write_bytes(content)
+    assert any("cannot be searched" in finding.kind for finding in check_before_push(model, None))
+
+
+@pytest.mark.parametrize("name", ["a\nb.md", "a\x1b[2Jb.md", "a\u202eb.md", "a\udcffb.md"])
+def test_a_name_that_steers_a_screen_is_refused_and_not_shown(model, name):
+    (model / name).write_text("harmless")
+    (finding,) = check_before_push(model, None)
+    assert "its name cannot be printed" in finding.file
+    assert str(finding).isprintable()
+
+
+def test_links_in_a_circle_are_refused(model):
+    (model / "a.json").symlink_to(model / "b.json")
+    (model / "b.json").symlink_to(model / "a.json")
+    assert {finding.kind for finding in check_before_push(model, None)} == {"link out of the folder"}
+    with pytest.raises(ValueError, match="is a link"):
+        files_to_push(model)
 
 
 def test_a_search_set_reads_back_and_needs_its_key(tmp_path, identifiers):

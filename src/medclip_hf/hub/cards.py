@@ -69,6 +69,8 @@ _LIMITS = {
     ),
 }
 
+_LINK = re.compile(r"https?://[^\s()<>\[\]\\]+|\w[\w.-]*")
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -80,7 +82,7 @@ class ModelFacts:
         summary: one or two sentences for the top of the page.
         license: identifier that the Hub knows, as "apache-2.0"; "other" needs `license_name` and `license_link`.
         license_name: name of another licence.
-        license_link: address of another licence.
+        license_link: address of another licence, or the name of its file beside the card.
         pipeline_tag: one of `PIPELINE_TAGS`; None for what has no task of the Hub, as CT.
         base_model: `owner/name` of what it was started from, where that is on the Hub. A folder is no base model.
         base_model_relation: how it came from `base_model`.
@@ -97,7 +99,8 @@ class ModelFacts:
         limits: beyond those of the architecture, as groups of patients that the data lack.
 
     Raises:
-        ValueError: an unknown task, a licence without a name, a base model or data set that is no repository id.
+        ValueError: an unknown task, a licence without a name or address, a base model or data set that is no
+            repository id.
     """
 
     name: str
@@ -132,6 +135,13 @@ class ModelFacts:
             raise ValueError(f"license must be an identifier of the Hub, as 'apache-2.0', not {self.license!r}.")
         if self.license == "other" and not (self.license_name and self.license_link):
             raise ValueError("The licence 'other' needs license_name and license_link.")
+        if self.license_link and not _LINK.fullmatch(self.license_link):
+            raise ValueError(
+                f"license_link must be an address, https://..., or the name of a file beside the card, not "
+                f"{self.license_link!r}."
+            )
+        if not self.auto_class.isidentifier():
+            raise ValueError(f"auto_class must be the name of a class of transformers, not {self.auto_class!r}.")
         if self.base_model is not None:
             checked_repository_id(self.base_model, "base_model")
         for name in self.datasets:
@@ -257,7 +267,7 @@ _PATH_IN_A_TEXT = re.compile(r"(?<![\w/:.])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\|]+[/\
 
 def _plain(text: str) -> str:
     """One line that Markdown and the HTML inside it leave alone, without folders of somebody's disk."""
-    line = " ".join(text.split())
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     is_path = _PATH.match(line)  # as a whole, so that names of folders may hold spaces
     without_folders = line[is_path.end() :] if is_path else _PATH_IN_A_TEXT.sub("", line)
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(without_folders, quote=False))

@@ -21,7 +21,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from medclip_hf.data.engine.publish import PUBLISHED_FILES
 from medclip_hf.hub.cards import ModelFacts, write_card
 from medclip_hf.hub.errors import HubError, hub_errors
-from medclip_hf.hub.push_checks import check_before_push
+from medclip_hf.hub.push_checks import check_before_push, leads_out_of
 from medclip_hf.hub.results import checked_repository_id
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ def files_to_push(folder: str | Path, repo_type: RepoType = "model") -> dict[str
         name = path.relative_to(folder).as_posix()
         if _stays_behind(name):
             continue
-        if path.is_symlink() and (path.is_dir() or not path.resolve().is_relative_to(folder.resolve())):
+        if leads_out_of(folder, path) or (path.is_symlink() and path.is_dir()):
             raise ValueError(
                 f"{name} is a link out of {folder}, or to a folder. Put a copy in its place, or remove it."
             )

@@ -175,7 +175,10 @@ def check_before_push(
     findings: list[Finding] = []
     for number, (name, path) in enumerate(_files(folder, repo_type)):
         shown = name
-        if any(check.of_text(re.sub(r"[/\\]", "\n", name))):
+        if not name.isprintable():
+            shown = f"file {number + 1} (its name cannot be printed)"
+            findings.append(Finding(shown, "name of the file", "line break, control sign or broken letter"))
+        elif any(check.of_text(re.sub(r"[/\\]", "\n", name))):
             shown = f"file {number + 1} (its name is withheld)"
             findings.append(Finding(shown, "name of the file", "identifier, path or name"))
         found = ((place, kind) for place, kind in _of_file(folder, name, path, check, repo_type))
@@ -215,9 +218,17 @@ def _files(folder: Path, repo_type: RepoType) -> Iterator[tuple[str, Path]]:
             yield name, path
 
 
+def leads_out_of(folder: Path, path: Path) -> bool:
+    """Whether a path of the folder is a link to something outside it, or in a circle."""
+    try:
+        return path.is_symlink() and not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # of a circle, by the version of Python
+        return True
+
+
 def _of_file(folder: Path, name: str, path: Path, check: Check, repo_type: RepoType) -> Iterator[tuple[str, str]]:
     """(place, kind) of what is wrong with one file."""
-    if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+    if leads_out_of(folder, path):
         yield "", "link out of the folder"
         return
     if not path.is_file():
@@ -230,7 +241,7 @@ def _of_file(folder: Path, name: str, path: Path, check: Check, repo_type: RepoT
         yield "", "larger than the Hub allows"
     try:
         yield from _of_content(name, path, check, repo_type, leftover is not None)
-    except (OSError, ValueError, struct.error, KeyError, TypeError) as error:
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError) as error:
         yield "", f"cannot be searched ({type(error).__name__}): it is damaged, or not what its name says"
 
 
