@@ -317,7 +317,7 @@ def test_a_worker_fills_the_batch_where_the_main_process_reads_it(processor, fol
         batch = collator(examples)
         return batch | {"shared": [batch[name].is_shared() for name in ("pixel_values", "anatomy_mask")]}
 
-    loader = DataLoader(dataset, batch_sampler=[[(0, 0), (0, 1)]], collate_fn=collate, num_workers=1)
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=[[(0, 0), (0, 1)]], collate_fn=collate, num_workers=1)
     batch, here = next(iter(loader)), collate([dataset[(0, 0)], dataset[(0, 1)]])
     assert (batch["shared"], here["shared"]) == ([True, True], [False, False])
     assert all(torch.equal(batch[name], here[name]) for name in ("pixel_values", "anatomy_mask", "input_ids"))
