@@ -51,6 +51,7 @@ from medclip_hf.evaluation.task_layouts import DATASETS_PREFIX
 from medclip_hf.evaluation.tasks import TASKS, Task, read_task, task, with_split
 from medclip_hf.explain.evaluation_pictures import bars_by_modality, summary_table, task_pictures, write_task_page
 from medclip_hf.explain.evaluation_report import figure_table
+from medclip_hf.explain.plots import MAX_BANDS
 from medclip_hf.explain.report import Table
 
 logger = logging.getLogger("evaluate")
@@ -417,7 +418,7 @@ def write_all(
         print(f"{name}: {difference}, p = {p_text(comparison['p_value'])}, Holm {p_text(comparison['p_holm'])}")
     for name, of_models in results.items():
         has_curves = records[name][0]["task_type"] != "retrieval"
-        roc = roc_curves(of_models, patients[name]) if has_curves else {}
+        roc = roc_curves(of_models, patients[name], max_bands=MAX_BANDS) if has_curves else {}
         reliability = reliability_curves(of_models, patients[name]) if has_curves else {}
         pictures = task_pictures(records[name], roc, reliability)
         for picture_name, picture in pictures.items():

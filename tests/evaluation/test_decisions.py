@@ -30,6 +30,7 @@ def test_decisions_at_thresholds_of_validation_equal_scikit_learn_s():
     tested, validation = findings(0), findings(1, word="validation")
     figures = figures_with_chosen_thresholds(tested, validation, num_resamples=0)
     thresholds = [figures["thresholds"]["values"][name] for name in NAMES]
+    assert figures["settings"]["thresholds"] == pytest.approx(thresholds)
     decided = tested.scores > thresholds
     for name, expected in (
         ("balanced_accuracy", np.mean([balanced_accuracy_score(tested.labels[:, k], decided[:, k]) for k in (0, 1)])),

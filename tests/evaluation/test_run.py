@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from medclip_hf.evaluation import comparisons, results
 from medclip_hf.evaluation.embedding_cache import (
     PatchQuestion,
     ShardCache,
@@ -399,6 +400,17 @@ def test_models_that_know_other_findings_are_compared_on_those_of_both():
     compared = compare_models({"ct": [first, second, third]}, {}, QUICK)
     assert list(compared) == ["ct: two against three, auroc"]
     assert compared["ct: two against three, auroc"]["difference"]["value"] == -1.0
+
+
+def test_a_model_is_resampled_once_however_many_others_it_is_compared_with(monkeypatch):
+    labels = np.array([[1], [0], [1], [0]], dtype=bool)
+    models = [scans_result(str(k), ("nodule",), labels * 0.1 * k, labels) for k in range(4)]
+    called = []
+    monkeypatch.setattr(
+        results, "resampled_figures", lambda *given: called.append(1) or comparisons.resampled_figures(*given)
+    )
+    assert len(compare_models({"ct": models}, {}, QUICK)) == 6
+    assert len(called) == 4
 
 
 def test_tasks_of_other_types_say_what_runs_them(single_label):

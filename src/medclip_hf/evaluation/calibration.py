@@ -13,7 +13,7 @@ from scipy.optimize import minimize_scalar
 from scipy.sparse import csr_array
 from scipy.special import log_expit, logsumexp
 
-from medclip_hf.evaluation.intervals import Floats, bootstrap_weights, percentile_interval
+from medclip_hf.evaluation.intervals import Floats, bootstrap_weights, group_index, percentile_interval
 
 _SUM_TOLERANCE = 1e-2  # of the probabilities of one sample, which bf16 rounds to three digits
 _MAX_LOG_TEMPERATURE = 7.0  # e⁷ ≈ 1100: beyond it logits say nothing, below e⁻⁷ they are decisions
@@ -38,8 +38,8 @@ class BinnedGaps:
         self._by_bin = csr_array((gaps, places), shape=(num_bins, num_samples))
 
     def total(self, weights: Floats) -> Floats:
-        """Σ over bins of |Σ weight · gap|, (R,), of weightings (R, N): the calibration error times Σ weight."""
-        return np.abs(self._by_bin @ weights.T).sum(axis=0)
+        """Σ over bins of |Σ weight · gap|, (R,), of weightings (N, R): the calibration error times Σ weight."""
+        return np.abs(self._by_bin @ weights).sum(axis=0)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def expected_calibration_error(probabilities: ArrayLike, outcomes: ArrayLike, *,
         ValueError: shapes that differ, nothing to measure, values outside [0, 1], outcomes other than 0 and 1.
     """
     values, truth = _checked(probabilities, outcomes, num_bins)
-    return float(BinnedGaps(values, truth, num_bins).total(np.ones((1, len(values))))[0] / len(values))
+    return float(BinnedGaps(values, truth, num_bins).total(np.ones((len(values), 1)))[0] / len(values))
 
 
 def brier_score(probabilities: ArrayLike, outcomes: ArrayLike) -> float:
@@ -99,17 +99,22 @@ def reliability_curve(
     bins = bin_of(values, num_bins)
     count = np.bincount(bins, minlength=num_bins)
     held = np.flatnonzero(count)
-    member = csr_array((np.ones(len(values)), (bins, np.arange(len(values)))), shape=(num_bins, len(values)))[held]
-    observed = (member @ truth) / count[held]
+    observed = np.bincount(bins, weights=truth, minlength=num_bins)[held] / count[held]
+    group_of = group_index(groups, len(values))
+    # Samples and positives of each bin by group: a patient may hold many samples, and is drawn with all of them.
+    held_by, positive_by = (
+        csr_array((side.astype(np.float64), (bins, group_of)), shape=(num_bins, int(group_of.max()) + 1))[held]
+        for side in (np.ones_like(truth), truth)
+    )
     drawn = [np.zeros((0, len(held)))]
-    for weights in bootstrap_weights(len(values), groups, num_resamples, seed):
-        total = (member @ weights.T).T
-        share = (member @ (weights * truth).T).T
-        drawn.append(np.divide(share, total, out=np.full_like(total, np.nan), where=total > 0))
+    for weights in bootstrap_weights(held_by.shape[1], None, num_resamples, seed):
+        by_group = np.ascontiguousarray(weights.T)
+        total, positive = held_by @ by_group, positive_by @ by_group
+        drawn.append(np.divide(positive, total, out=np.full_like(total, np.nan), where=total > 0).T)
     resampled = np.concatenate(drawn)
     intervals = [percentile_interval(float(value), resampled[:, k], confidence) for k, value in enumerate(observed)]
     return ReliabilityCurve(
-        predicted=(member @ values) / count[held],
+        predicted=np.bincount(bins, weights=values, minlength=num_bins)[held] / count[held],
         observed=observed,
         count=count[held],
         low=np.array([value.low if value.low is not None else value.value for value in intervals], dtype=np.float64),

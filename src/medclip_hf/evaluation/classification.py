@@ -61,7 +61,7 @@ def classification_figures(
     *,
     groups: ArrayLike | None = None,
     known: ArrayLike | None = None,
-    thresholds: float | Sequence[float] | None = None,
+    thresholds: ArrayLike | None = None,
     specificity: float = 0.9,
     num_bins: int = 15,
     num_resamples: int = 1000,
@@ -87,8 +87,8 @@ def classification_figures(
         groups: (N,) patient of each sample; None: every sample is its own.
         known: (N, K) bool, multi-label alone: labels and scores that count (an uncertain label, an anatomy that does
             not occur); None: all.
-        thresholds: one for all findings or K of them, multi-label alone; None: 0.5 if scores are probabilities, else
-            figures of decisions are left out.
+        thresholds: one for all findings, K of them or (N, K), multi-label alone: a score that reaches its threshold is
+            positive; None: 0.5 if scores are probabilities, else figures of decisions are left out.
         specificity: of "sensitivity_at_specificity", in (0, 1].
         num_bins: of the calibration error.
         num_resamples: 0: no intervals.
@@ -135,10 +135,12 @@ def classification_figures(
     )
 
 
-def _listed(thresholds: Floats | None) -> list[float | str] | None:
+def _listed(thresholds: Floats | None) -> list[float | str] | str | None:
     """Thresholds for JSON, which has no infinity ("never" and "always")."""
     if thresholds is None:
         return None
+    if thresholds.ndim == 2:
+        return "one for each score"
     return [float(value) if np.isfinite(value) else str(value) for value in thresholds]
 
 

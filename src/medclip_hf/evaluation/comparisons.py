@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm, rankdata
 
-from medclip_hf.evaluation.intervals import Floats, Interval, bootstrap_weights, group_index, percentile_interval
+from medclip_hf.evaluation.intervals import Floats, Interval, group_index, percentile_interval, resampled_means
 from medclip_hf.evaluation.weighted_figures import ClassifiedSamples
 
 
@@ -63,7 +63,7 @@ def paired_differences(
     *,
     groups: ArrayLike | None = None,
     known: ArrayLike | None = None,
-    thresholds: float | Sequence[float] | None = None,
+    thresholds: ArrayLike | None = None,
     specificity: float = 0.9,
     num_resamples: int = 1000,
     confidence: float = 0.95,
@@ -76,16 +76,53 @@ def paired_differences(
 
     Arguments and errors as in `classification.classification_figures`; scores (N, K) of each model.
     """
-    samples = [
-        ClassifiedSamples(scores, labels, class_names, known=known, thresholds=thresholds, specificity=specificity)
+    first, second = (
+        resampled_figures(
+            ClassifiedSamples(scores, labels, class_names, known=known, thresholds=thresholds, specificity=specificity),
+            groups,
+            num_resamples,
+            seed,
+        )
         for scores in (first_scores, second_scores)
-    ]
-    points = [one.point().overall for one in samples]
-    drawn = [one.resampled(groups, num_resamples, seed).overall for one in samples]
+    )
+    return differences_of(first, second, confidence)
+
+
+@dataclass(frozen=True)
+class ResampledFigures:
+    """Overall figures of a model by name.
+
+    Args:
+        point: (1,) of the samples as they are.
+        drawn: (R,) of the resamples.
+    """
+
+    point: Mapping[str, Floats]
+    drawn: Mapping[str, Floats]
+
+
+def resampled_figures(
+    samples: ClassifiedSamples, groups: ArrayLike | None, num_resamples: int, seed: int
+) -> ResampledFigures:
+    """A model's part of `paired_differences`: of several models each is resampled once, however many pairs they form.
+
+    Args:
+        samples: scores of the model.
+        groups: (N,) patient of each sample.
+        num_resamples: as there.
+        seed: as there; the same for all models.
+    """
+    return ResampledFigures(samples.point().overall, samples.resampled(groups, num_resamples, seed).overall)
+
+
+def differences_of(
+    first: ResampledFigures, second: ResampledFigures, confidence: float = 0.95
+) -> dict[str, PairedDifference]:
+    """What `paired_differences` gives, of models that were resampled alike."""
     return {
-        name: _paired(points[0][name][0], points[1][name][0], drawn[1][name] - drawn[0][name], confidence)
-        for name in points[0]
-        if name in points[1]
+        name: _paired(value[0], second.point[name][0], second.drawn[name] - first.drawn[name], confidence)
+        for name, value in first.point.items()
+        if name in second.point
     }
 
 
@@ -151,9 +188,7 @@ def paired_mean_difference(
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
         raise ValueError("the figures of the samples must be finite: leave undefined ones out of both")
     gains = after - before
-    blocks = [
-        weights @ gains / weights.sum(axis=1) for weights in bootstrap_weights(len(gains), groups, num_resamples, seed)
-    ]
+    blocks = [means[:, 0] for means in resampled_means(gains[:, None], groups, num_resamples, seed)]
     return _paired(before.mean(), after.mean(), np.concatenate([np.zeros(0), *blocks]), confidence)
 
 

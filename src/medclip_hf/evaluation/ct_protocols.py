@@ -7,7 +7,7 @@ intervals by patient; by volume, by study and by patient.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -314,24 +314,30 @@ def by_unit(scans: ScoredScans, unit: Unit) -> tuple[LabelTable, NDArray[np.floa
     table, scores = scans.table, scans.scores
     if unit == "volume":
         return table, scores
-    table, scores = _merged(table, scores, table.study_ids, np.nanmean)
-    return (table, scores) if unit == "study" else _merged(table, scores, table.patient_ids, np.nanmax)
+    table, scores = _merged(table, scores, table.study_ids, _means)
+    return (table, scores) if unit == "study" else _merged(table, scores, table.patient_ids, np.fmax.reduceat)
 
 
 def _merged(
-    table: LabelTable, scores: NDArray[np.float64], groups: NDArray[np.str_], join: Any
+    table: LabelTable,
+    scores: NDArray[np.float64],
+    groups: NDArray[np.str_],
+    join: Callable[[NDArray[np.float64], NDArray[np.intp]], NDArray[np.float64]],
 ) -> tuple[LabelTable, NDArray[np.float64]]:
+    """One row a group; `join` makes it of the rows of each, which begin at the places given: NaN of NaN alone."""
     names, first, owner = np.unique(groups, return_index=True, return_inverse=True)
-    joined = np.full((len(names), scores.shape[1]), np.nan)
-    labels = np.zeros(joined.shape, dtype=bool)
-    for place in range(len(names)):
-        of_group = owner == place
-        labels[place] = table.labels[of_group].any(axis=0)
-        is_known = ~np.isnan(scores[of_group]).all(axis=0)
-        if is_known.any():
-            joined[place, is_known] = join(scores[of_group][:, is_known], axis=0)
+    order = np.argsort(owner, kind="stable")
+    starts = np.searchsorted(owner[order], np.arange(len(names)))
+    labels = np.logical_or.reduceat(table.labels[order], starts)
     merged = LabelTable(tuple(names.tolist()), table.study_ids[first], table.patient_ids[first], table.findings, labels)
-    return merged, joined
+    return merged, join(scores[order], starts)
+
+
+def _means(scores: NDArray[np.float64], starts: NDArray[np.intp]) -> NDArray[np.float64]:
+    known = ~np.isnan(scores)
+    counts = np.add.reduceat(known.astype(np.int64), starts)
+    sums = np.add.reduceat(np.where(known, scores, 0.0), starts)
+    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
 # The release's figures -----------------------------------------------------------------------------------------------

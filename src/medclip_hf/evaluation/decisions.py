@@ -4,7 +4,6 @@ Thresholds come from validation scores of other patients where there are any, el
 split, in five folds. A score that is not known (an uncertain label, an anatomy that does not occur) is NaN.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,6 @@ from numpy.typing import NDArray
 from medclip_hf.evaluation.classification import classification_figures
 
 NUM_FOLDS = 5
-_OF_DECISIONS = (
-    *("accuracy", "balanced_accuracy", "sensitivity", "specificity", "precision"),
-    *("f1", "f1_macro", "f1_micro"),
-)
 
 
 @dataclass(frozen=True)
@@ -84,28 +79,24 @@ def figures_with_chosen_thresholds(
     """
     thresholds, how = _chosen_thresholds(tested, validation, seed)
     known = ~np.isnan(tested.scores)
-    arguments: dict[str, Any] = {
-        "groups": tested.patients,
-        "known": known,
-        "num_resamples": num_resamples,
-        "confidence": confidence,
-        "seed": seed,
-    }
-    scores = np.where(known, tested.scores, 0.0)
-    figures = classification_figures(scores, tested.labels, tested.finding_names, **arguments).as_dict()
-    # A score above its threshold is positive: centred there, all findings and folds share the threshold 0.5.
-    centred = np.where(known, 0.5 + 0.5 * (tested.scores - thresholds), 0.0)
-    decided = classification_figures(
-        centred, tested.labels, tested.finding_names, thresholds=np.nextafter(0.5, 1.0), **arguments
-    ).as_dict()
-    _take_decisions(figures, decided)
-    return {**figures, "thresholds": how}
+    figures = classification_figures(
+        np.where(known, tested.scores, 0.0),
+        tested.labels,
+        tested.finding_names,
+        groups=tested.patients,
+        known=known,
+        thresholds=np.nextafter(thresholds, np.inf),  # a score above its threshold is positive
+        num_resamples=num_resamples,
+        confidence=confidence,
+        seed=seed,
+    )
+    return {**figures.as_dict(), "thresholds": how}
 
 
 def _chosen_thresholds(
     tested: ScoredFindings, validation: ScoredFindings | None, seed: int
 ) -> tuple[NDArray[np.float64], dict[str, Any]]:
-    """A threshold for each score (N, K), and how they were chosen."""
+    """A threshold for each finding (K,) or for each score (N, K), and how they were chosen."""
     if validation is not None:
         shared = set(validation.patients.tolist()) & set(tested.patients.tolist())
         if shared or validation.finding_names != tested.finding_names:
@@ -118,7 +109,7 @@ def _chosen_thresholds(
             "chosen_on": f"validation scores of {len(validation.scores)} rows",
             "values": dict(zip(tested.finding_names, chosen.tolist(), strict=True)),
         }
-        return np.broadcast_to(chosen, tested.scores.shape), how
+        return chosen, how
     patients, owner = np.unique(tested.patients, return_inverse=True)
     num_folds = min(NUM_FOLDS, len(patients))
     fold = np.random.default_rng(seed).permutation(len(patients))[owner] % max(num_folds, 1)
@@ -132,13 +123,3 @@ def _chosen_thresholds(
 
 def _per_finding(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> NDArray[np.float64]:
     return np.array([nearest_corner_threshold(scores[:, k], labels[:, k]) for k in range(scores.shape[1])])
-
-
-def _take_decisions(figures: dict[str, Any], decided: Mapping[str, Any]) -> None:
-    """Put the figures of decisions at chosen thresholds in the place of those at 0.5."""
-    figures["left_out"] = {name: why for name, why in figures["left_out"].items() if name not in decided["overall"]}
-    names: Sequence[str] = [name for name in _OF_DECISIONS if name in decided["overall"]]
-    figures["overall"] |= {name: decided["overall"][name] for name in names}
-    for finding, own in figures["per_class"].items():
-        of_class = decided["per_class"][finding]
-        own |= {name: of_class[name] for name in _OF_DECISIONS if name in of_class}

@@ -5,6 +5,7 @@ A figure that does not exist (a class without positives, say) is None: never NaN
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -63,15 +64,49 @@ def mean_with_interval(
         ValueError: values of another shape or not finite.
     """
     samples = np.asarray(values, dtype=np.float64)
-    if samples.ndim != 1 or not np.isfinite(samples).all():
+    if samples.ndim != 1:
         raise ValueError(f"values must be finite and of shape (N,), got shape {samples.shape}")
+    options: dict[str, Any] = {"groups": groups, "num_resamples": num_resamples, "confidence": confidence, "seed": seed}
+    return means_with_intervals(samples[:, None], **options)[0]
+
+
+def means_with_intervals(
+    values: ArrayLike,
+    *,
+    groups: ArrayLike | None = None,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> list[Interval]:
+    """`mean_with_interval` of each of F figures (N, F), all of them on the same resamples."""
+    samples = np.asarray(values, dtype=np.float64)
+    if samples.ndim != 2 or not np.isfinite(samples).all():
+        raise ValueError(f"values must be finite and one row a sample, got shape {samples.shape}")
     if not len(samples):
-        return Interval(None, None, None)
-    blocks = [
-        weights @ samples / weights.sum(axis=1)
-        for weights in bootstrap_weights(len(samples), groups, num_resamples, seed)
-    ]
-    return percentile_interval(float(samples.mean()), np.concatenate([np.zeros(0), *blocks]), confidence)
+        return [Interval(None, None, None)] * samples.shape[1]
+    drawn = np.concatenate([np.zeros((0, samples.shape[1])), *resampled_means(samples, groups, num_resamples, seed)])
+    return [percentile_interval(float(samples[:, f].mean()), drawn[:, f], confidence) for f in range(samples.shape[1])]
+
+
+def resampled_means(samples: Floats, groups: ArrayLike | None, num_resamples: int, seed: int) -> Iterator[Floats]:
+    """Means (resamples, F) of the resamples of `bootstrap_weights` of samples (N, F), block by block."""
+    sums, sizes = group_sums(samples, groups)
+    columns = np.ascontiguousarray(sums.T)
+    for weights in bootstrap_weights(len(sums), None, num_resamples, seed):
+        yield np.stack([weights @ column for column in columns], axis=1) / (weights @ sizes)[:, None]
+
+
+def group_sums(samples: Floats, groups: ArrayLike | None) -> tuple[Floats, Floats]:
+    """Sums (G, F) of the samples (N, F) of each group, and its number of samples (G,).
+
+    A resample of groups gives each of them one weight: what is a sum over samples needs no more than these sums, and
+    `bootstrap_weights(G, None, …)` draws the very groups that it draws for the samples.
+    """
+    if groups is None:
+        return samples, np.ones(len(samples))
+    group_of = group_index(groups, len(samples))
+    sums = np.stack([np.bincount(group_of, weights=column) for column in samples.T], axis=1)
+    return np.asarray(sums, dtype=np.float64), np.bincount(group_of).astype(np.float64)
 
 
 def bootstrap_weights(num_samples: int, groups: ArrayLike | None, num_resamples: int, seed: int) -> Iterator[Floats]:
@@ -84,17 +119,18 @@ def bootstrap_weights(num_samples: int, groups: ArrayLike | None, num_resamples:
     """
     if num_resamples < 0:
         raise ValueError(f"num_resamples must not be negative, got {num_resamples}")
-    group_of = group_index(groups, num_samples)
-    num_groups = int(group_of.max()) + 1 if num_samples else 0
-    if not num_groups:
+    if not num_samples:
         return
+    group_of = group_index(groups, num_samples)
+    num_groups = int(group_of.max()) + 1
     rng = np.random.default_rng(seed)
-    rows = max(1, _CHUNK_ELEMENTS // max(num_samples, 1))
+    rows = max(1, _CHUNK_ELEMENTS // num_samples)
     for first in range(0, num_resamples, rows):
-        block = min(rows, num_resamples - first)
-        drawn = rng.integers(num_groups, size=(block, num_groups)) + num_groups * np.arange(block)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=block * num_groups).reshape(block, num_groups)
-        yield counts[:, group_of].astype(np.float64)
+        block = np.empty((min(rows, num_resamples - first), num_samples))
+        for weights in block:  # one by one: the counts of a resample stay near the processor
+            counts = np.bincount(rng.integers(num_groups, size=num_groups), minlength=num_groups)
+            weights[:] = counts if groups is None else counts[group_of]
+        yield block
 
 
 def group_index(groups: ArrayLike | None, num_samples: int) -> NDArray[np.intp]:

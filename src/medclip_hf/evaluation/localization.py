@@ -148,17 +148,21 @@ def case_figures(
     parts: list[dict[str, Tensor]] = []
     for first in range(0, len(maps), step):
         some, truth = maps[first : first + step], masks[first : first + step]
+        truth = truth.bool()
         upsampled = upsample_maps(some, _size(truth))
+        scaled = _scaled(upsampled)
+        chosen = () if chosen_threshold is None else (chosen_threshold,)
+        overlaps = _overlaps(scaled, truth, (*THRESHOLDS, fixed_threshold, *chosen))
         figures = {
-            "pointing": pointing_game(upsampled, truth, tolerance_pixels=tolerance_pixels),
-            "iou_fixed": overlap(upsampled, truth, threshold=fixed_threshold),
-            "iou_oracle": overlap_at_thresholds(upsampled, truth).amax(dim=1),
-            "auprc": average_precision(upsampled, truth),
-            "energy": energy_inside(upsampled, truth),
+            "pointing": _pointing_game(upsampled, truth, tolerance_pixels),
+            "iou_fixed": overlaps[:, len(THRESHOLDS)],
+            "iou_oracle": overlaps[:, : len(THRESHOLDS)].amax(dim=1),
+            "auprc": _average_precision(scaled, truth),
+            "energy": _energy_inside(scaled, truth),
             "mask_share": mask_share(truth),
         }
         if chosen_threshold is not None:
-            figures["iou_chosen"] = overlap(upsampled, truth, threshold=chosen_threshold)
+            figures["iou_chosen"] = overlaps[:, -1]
         parts.append(figures)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -226,19 +230,20 @@ def pointing_game(maps: Tensor, masks: Tensor, *, tolerance_pixels: int = 0) -> 
         ValueError: shapes that do not fit, map not finite, empty mask, negative tolerance.
     """
     truth = _checked_masks(maps, masks)
+    return _pointing_game(upsample_maps(maps, _size(truth)), truth, tolerance_pixels)
+
+
+def _pointing_game(upsampled: Tensor, truth: Tensor, tolerance_pixels: int) -> Tensor:
     if tolerance_pixels < 0:
         raise ValueError(f"tolerance_pixels must not be negative, got {tolerance_pixels}")
     if tolerance_pixels:
-        truth = (
-            torch.nn.functional.max_pool2d(
-                truth.float()[:, None], 2 * tolerance_pixels + 1, stride=1, padding=tolerance_pixels
-            )
-            .squeeze(1)
-            .bool()
-        )
-    upsampled = upsample_maps(maps, _size(truth))
+        grown = truth.float()[:, None]
+        for reach in ((tolerance_pixels, 0), (0, tolerance_pixels)):  # along rows, then columns
+            size = [2 * side + 1 for side in reach]
+            grown = torch.nn.functional.max_pool2d(grown, size, stride=1, padding=reach)
+        truth = grown.squeeze(1).bool()
     is_peak = upsampled >= upsampled.amax(dim=(1, 2), keepdim=True) - _noise(upsampled)
-    return (is_peak & truth).sum(dim=(1, 2)).double() / is_peak.sum(dim=(1, 2))
+    return _counts(is_peak & truth).double() / _counts(is_peak)
 
 
 def overlap(maps: Tensor, masks: Tensor, *, threshold: float = 0.5) -> Tensor:
@@ -260,15 +265,19 @@ def overlap(maps: Tensor, masks: Tensor, *, threshold: float = 0.5) -> Tensor:
 def overlap_at_thresholds(maps: Tensor, masks: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Tensor:
     """Intersection over union (N, T) at every threshold; the greatest of a row is the oracle's. See `overlap`."""
     truth = _checked_masks(maps, masks)
+    return _overlaps(_scaled(upsample_maps(maps, _size(truth))), truth, thresholds)
+
+
+def _overlaps(scaled: Tensor, truth: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """The same of maps that were scaled: each pixel is counted once, by how many thresholds it reaches."""
     if not thresholds or not all(0.0 < threshold <= 1.0 for threshold in thresholds):
         raise ValueError(f"every threshold must lie in (0, 1], got {list(thresholds)}")
-    scaled = _scaled(upsample_maps(maps, _size(truth)))
-    columns = []
-    for threshold in thresholds:
-        is_hot = scaled >= threshold
-        both, either = (is_hot & truth).sum(dim=(1, 2)), (is_hot | truth).sum(dim=(1, 2))
-        columns.append(both.double() / either)
-    return torch.stack(columns, dim=1)
+    levels, place_of = torch.tensor(thresholds, device=scaled.device).unique(return_inverse=True)  # rising, float32
+    reached = torch.bucketize(scaled.flatten(1), levels, right=True, out_int32=True)
+    keys = reached + (len(levels) + 1) * truth.flatten(1)
+    counts = torch.stack([case.bincount(minlength=2 * len(levels) + 2) for case in keys]).unflatten(1, (2, -1))
+    outside, both = counts.flip(2).cumsum(dim=2).flip(2)[..., 1:].unbind(dim=1)  # pixels that reach each level, (N, L)
+    return (both.double() / (outside + counts[:, 1].sum(dim=1, keepdim=True)))[:, place_of]
 
 
 def average_precision(maps: Tensor, masks: Tensor) -> Tensor:
@@ -284,14 +293,22 @@ def average_precision(maps: Tensor, masks: Tensor) -> Tensor:
         ValueError: as `pointing_game`.
     """
     truth = _checked_masks(maps, masks)
-    values, order = _scaled(upsample_maps(maps, _size(truth))).flatten(1).sort(dim=1, descending=True)
-    found = truth.flatten(1).gather(1, order).cumsum(dim=1)  # true pixels at or above each rank
-    is_last = torch.ones_like(values, dtype=torch.bool)  # of those that share a value
-    is_last[:, :-1] = values[:, 1:] < values[:, :-1]
-    counted = torch.where(is_last, found, 0).cummax(dim=1).values
-    before = torch.cat([counted.new_zeros(len(counted), 1), counted[:, :-1]], dim=1)
-    precision = found.double() / torch.arange(1, found.shape[1] + 1, device=found.device)
-    return (precision * torch.where(is_last, found - before, 0)).sum(dim=1) / found[:, -1]
+    return _average_precision(_scaled(upsample_maps(maps, _size(truth))), truth)
+
+
+def _average_precision(scaled: Tensor, truth: Tensor) -> Tensor:
+    # The bits of a float in [0, 1] rise with it and leave two free: with the truth in the last one, sorting numbers
+    # does what sorting places and gathering would, in a tenth of the time.
+    keys = scaled.flatten(1).view(torch.int32) * 2 + truth.flatten(1)
+    areas = [_area_of_sorted(np.sort(case)[::-1]) for case in keys.cpu().numpy()]
+    return torch.tensor(areas, dtype=torch.float64, device=scaled.device)
+
+
+def _area_of_sorted(keys: NDArray[np.int32]) -> float:
+    """Area under the precision-recall curve of pixels from the highest value down, value · 2 + truth each."""
+    last = np.append(np.flatnonzero(np.diff(keys >> 1)), len(keys) - 1)  # of the pixels that share a value
+    found = np.cumsum(keys & 1)[last]  # true pixels at or above it
+    return float((found / (last + 1) * np.diff(found, prepend=0)).sum() / found[-1])
 
 
 def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
@@ -305,13 +322,23 @@ def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
         ValueError: as `pointing_game`.
     """
     truth = _checked_masks(maps, masks)
-    energy = _scaled(upsample_maps(maps, _size(truth))).double()
+    return _energy_inside(_scaled(upsample_maps(maps, _size(truth))), truth)
+
+
+def _energy_inside(scaled: Tensor, truth: Tensor) -> Tensor:
+    energy = scaled.double()
     return (energy * truth).sum(dim=(1, 2)) / energy.sum(dim=(1, 2)).clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def mask_share(masks: Tensor) -> Tensor:
     """Share (N,) of the picture that each mask covers: what a blind guess hits in the pointing game."""
-    return masks.bool().double().mean(dim=(1, 2))
+    return _counts(masks.bool()).double() / (masks.shape[1] * masks.shape[2])
+
+
+def _counts(flags: Tensor) -> Tensor:
+    """How many are set of each case, (N,); numpy counts bools in a tenth of torch's time."""
+    rows = flags.flatten(1).cpu().numpy()
+    return torch.tensor([np.count_nonzero(row) for row in rows], dtype=torch.int64, device=flags.device)
 
 
 def _resampled_means(

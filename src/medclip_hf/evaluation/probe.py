@@ -7,6 +7,7 @@ augments its training images once, leaves its shares unstratified and fixes C (`
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -367,23 +368,19 @@ def stratified_subset(
     wanted = np.where(totals > 0, np.maximum(1, np.round(fraction * totals)), 0)
     taken = np.zeros(num_groups, dtype=bool)
     for k in np.argsort(totals, kind="stable"):
-        _take(taken, [g for g in order if positives[g, k]], positives[:, k], wanted[k])
-        _take(taken, [g for g in order if negatives[g, k]], negatives[:, k], 1)
+        _take(taken, order, positives[:, k], wanted[k])
+        _take(taken, order, negatives[:, k], 1)
     _take(taken, order, sizes, max(1, round(fraction * len(truth))))
     return np.flatnonzero(taken[group_of])
 
 
-def _take(
-    taken: Bools, candidates: Sequence[int] | NDArray[np.intp], amounts: NDArray[np.generic], wanted: float
-) -> None:
-    """Mark candidates in their order until what is marked amounts to what is wanted."""
-    have = float(amounts[taken].sum())
-    for group in candidates:
-        if have >= wanted:
-            return
-        if not taken[group]:
-            taken[group] = True
-            have += float(amounts[group])
+def _take(taken: Bools, order: NDArray[np.intp], amounts: NDArray[Any], wanted: float) -> None:
+    """Mark groups that amount to something, in their order, until what is marked amounts to what is wanted."""
+    lacking = wanted - amounts[taken].sum()
+    if lacking <= 0:
+        return
+    candidates = order[(amounts[order] > 0) & ~taken[order]]
+    taken[candidates[: np.searchsorted(np.cumsum(amounts[candidates]), lacking) + 1]] = True
 
 
 def _log_loss(probe: LinearProbe, which: int, split: ProbeSplit) -> float:

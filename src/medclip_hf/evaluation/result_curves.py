@@ -8,13 +8,18 @@ from numpy.typing import NDArray
 
 from medclip_hf.evaluation.calibration import ReliabilityCurve, reliability_curve
 from medclip_hf.evaluation.curves import CurveBand, roc_curve_band
+from medclip_hf.evaluation.intervals import group_index
 from medclip_hf.evaluation.results import StoredResult
 
 NUM_RESAMPLES = 200  # bands of a picture
 
 
 def roc_curves(
-    of_models: Sequence[StoredResult], patients: NDArray[Any] | None, num_resamples: int = NUM_RESAMPLES
+    of_models: Sequence[StoredResult],
+    patients: NDArray[Any] | None,
+    num_resamples: int = NUM_RESAMPLES,
+    *,
+    max_bands: int | None = None,
 ) -> dict[str, CurveBand]:
     """The ROC curve of every class that has one, by its name; after the model's where there are several.
 
@@ -22,22 +27,24 @@ def roc_curves(
         of_models: results of one classification task.
         patients: (N,) whose image each of the data's is; None: each is its own.
         num_resamples: 0: no bands.
+        max_bands: of more curves than these none gets a band, since none is drawn; None: all get theirs.
     """
-    curves = {}
+    arguments = {}
     for stored in of_models:
         scores, truth, known = score_columns(stored)
         groups = _groups(stored, patients)
         for column, name in enumerate(stored.record["figures"]["num_positive"]):
             rows = known[:, column]
-            curve = roc_curve_band(
-                scores[rows, column],
-                truth[rows, column],
-                groups=None if groups is None else groups[rows],
-                num_resamples=num_resamples,
-            )
-            if curve is not None:
-                curves[f"{stored.model}: {name}" if len(of_models) > 1 else name] = curve
-    return curves
+            if truth[rows, column].any() and not truth[rows, column].all():
+                curve = f"{stored.model}: {name}" if len(of_models) > 1 else name
+                arguments[curve] = (scores[rows, column], truth[rows, column], groups[rows])
+    if max_bands is not None and len(arguments) > max_bands:
+        num_resamples = 0
+    curves = {
+        name: roc_curve_band(scores, truth, groups=groups, num_resamples=num_resamples)
+        for name, (scores, truth, groups) in arguments.items()
+    }
+    return {name: curve for name, curve in curves.items() if curve is not None}
 
 
 def reliability_curves(
@@ -47,11 +54,10 @@ def reliability_curves(
     curves = {}
     for stored in of_models:
         scores, truth, known = score_columns(stored)
-        groups = _groups(stored, patients)
         curves[stored.model] = reliability_curve(
             np.clip(scores[known], 0.0, 1.0),
             truth[known],
-            groups=None if groups is None else np.repeat(groups, scores.shape[1])[known.ravel()],
+            groups=np.broadcast_to(_groups(stored, patients)[:, None], known.shape)[known],
             num_resamples=num_resamples,
         )
     return curves
@@ -64,5 +70,7 @@ def score_columns(stored: StoredResult) -> tuple[NDArray[Any], NDArray[np.bool_]
     return scores, truth, stored.arrays.get("known", np.ones(scores.shape, dtype=bool))
 
 
-def _groups(stored: StoredResult, patients: NDArray[Any] | None) -> NDArray[Any] | None:
-    return None if patients is None else patients[stored.arrays["rows"]]
+def _groups(stored: StoredResult, patients: NDArray[Any] | None) -> NDArray[np.intp]:
+    """(N,) number of each image's patient; without patients that of the image, whose classes stay together."""
+    rows = stored.arrays["rows"]
+    return group_index(None if patients is None else patients[rows], len(rows))

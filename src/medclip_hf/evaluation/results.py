@@ -21,11 +21,19 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from medclip_hf.data.parquet import require_writable, write_text_atomically
-from medclip_hf.evaluation.comparisons import holm, paired_differences, paired_mean_difference
+from medclip_hf.evaluation.comparisons import (
+    PairedDifference,
+    ResampledFigures,
+    differences_of,
+    holm,
+    paired_mean_difference,
+    resampled_figures,
+)
 from medclip_hf.evaluation.encoders import Encoder
 from medclip_hf.evaluation.run import EvaluationSettings, TaskResult
 from medclip_hf.evaluation.task_data import TaskData
 from medclip_hf.evaluation.tasks import Task
+from medclip_hf.evaluation.weighted_figures import ClassifiedSamples
 
 logger = logging.getLogger(__name__)
 
@@ -158,70 +166,81 @@ def compare_models(
     """
     found: dict[str, dict[str, Any]] = {}
     for task_name, of_models in results.items():
+        pairs = _Pairs(patients.get(task_name), settings)
         for first, second in combinations(of_models, 2):
-            for figure, difference in _pair(first, second, patients.get(task_name), settings).items():
-                found[f"{task_name}: {second.model} against {first.model}, {figure}"] = difference
+            for figure, difference in pairs.differences(first, second).items():
+                found[f"{task_name}: {second.model} against {first.model}, {figure}"] = difference.as_dict()
     known = {name: entry["p_value"] for name, entry in found.items() if entry["p_value"] is not None}
     adjusted = holm(known)
     return {name: {**entry, "p_holm": adjusted.get(name)} for name, entry in found.items()}
 
 
-def _pair(
-    first: StoredResult, second: StoredResult, patients: NDArray[Any] | None, settings: EvaluationSettings
-) -> dict[str, dict[str, Any]]:
-    common, places, other_places = np.intersect1d(first.arrays["rows"], second.arrays["rows"], return_indices=True)
-    resampling: dict[str, Any] = {
-        "num_resamples": settings.num_resamples,
-        "confidence": settings.confidence,
-        "seed": settings.seed,
-        "groups": None if patients is None else patients[common],
-    }
-    if "scores" in first.arrays:
-        return _pair_of_scores(first, second, (places, other_places), resampling)
-    return _pair_of_hits(first, second, (places, other_places), resampling)
+class _Pairs:
+    """Differences of pairs of models on one task; a model is resampled once for all pairs that share their samples."""
 
+    def __init__(self, patients: NDArray[Any] | None, settings: EvaluationSettings) -> None:
+        self.patients = patients
+        self.settings = settings
+        self._resampled: dict[tuple[str, bytes], ResampledFigures] = {}
 
-def _pair_of_scores(
-    first: StoredResult, second: StoredResult, places: tuple[Any, Any], resampling: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """AUROC of two models on the findings that both score; a CT model scores those whose anatomy it knows."""
-    own, other = (list(stored.record["figures"]["num_positive"]) for stored in (first, second))
-    names = [name for name in own if name in other]
-    if not names:
-        return {}
-    columns, other_columns = [own.index(name) for name in names], [other.index(name) for name in names]
-    labels = first.arrays["labels"][places[0]]
-    masks = [
-        stored.arrays["known"][rows][:, kept]
-        for stored, rows, kept in ((first, places[0], columns), (second, places[1], other_columns))
-        if "known" in stored.arrays
-    ]
-    differences = paired_differences(
-        first.arrays["scores"][places[0]][:, columns],
-        second.arrays["scores"][places[1]][:, other_columns],
-        labels if labels.ndim == 1 else labels[:, columns],
-        names,
-        known=np.logical_and.reduce(masks) if masks else None,
-        **resampling,
-    )
-    # Decisions about findings hang on each model's thresholds; the decision about a single label does not.
-    compared = ("auroc", "balanced_accuracy") if first.record["figures"]["kind"] == "single-label" else ("auroc",)
-    return {name: differences[name].as_dict() for name in compared if name in differences}
+    def differences(self, first: StoredResult, second: StoredResult) -> dict[str, PairedDifference]:
+        """Figure name to difference, on the images that both models could read."""
+        common, *places = np.intersect1d(first.arrays["rows"], second.arrays["rows"], return_indices=True)
+        groups = None if self.patients is None else self.patients[common]
+        if "scores" in first.arrays:
+            return self._of_scores((first, second), places, groups)
+        return self._of_hits(first, second, places, groups)
 
+    def _of_scores(
+        self, pair: tuple[StoredResult, StoredResult], places: Sequence[NDArray[Any]], groups: NDArray[Any] | None
+    ) -> dict[str, PairedDifference]:
+        """AUROC of two models on the findings that both score; a CT model scores those whose anatomy it knows."""
+        scored = [list(stored.record["figures"]["num_positive"]) for stored in pair]
+        names = [name for name in scored[0] if name in scored[1]]
+        if not names:
+            return {}
+        cells = [
+            np.ix_(rows, np.array([of_model.index(name) for name in names]))
+            for rows, of_model in zip(places, scored, strict=True)
+        ]
+        labels = pair[0].arrays["labels"]
+        truth = labels[places[0]] if labels.ndim == 1 else labels[cells[0]]
+        masks = [one.arrays["known"][kept] for one, kept in zip(pair, cells, strict=True) if "known" in one.arrays]
+        known = np.logical_and.reduce(masks) if masks else None
+        # Decisions about findings hang on each model's thresholds; the decision about a single label does not.
+        compared = ("auroc", "balanced_accuracy") if truth.ndim == 1 else ("auroc",)
+        samples = hashlib.blake2b(repr(names).encode(), digest_size=16)
+        for part in (pair[0].arrays["rows"][places[0]], known):
+            samples.update(b"" if part is None else part.tobytes())
 
-def _pair_of_hits(
-    first: StoredResult, second: StoredResult, places: tuple[Any, Any], resampling: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """Recall at each k both have, image to text: a text belongs to an image and is no sample of its own."""
-    found = {}
-    if len(first.arrays["rows"]) != len(second.arrays["rows"]):
-        logger.warning("%s: the galleries differ, since not all images could be read by both", first.record["task"])
-    for column, k in enumerate(first.arrays["ks"].tolist()):
-        others = second.arrays["ks"].tolist()
-        if k in others:
-            found[f"image_to_text_recall@{k}"] = paired_mean_difference(
-                first.arrays["image_to_text"][places[0], column],
-                second.arrays["image_to_text"][places[1], others.index(k)],
-                **resampling,
-            ).as_dict()
-    return found
+        def resampled(stored: StoredResult, kept: tuple[NDArray[Any], ...]) -> ResampledFigures:
+            key = (stored.model, samples.digest())
+            if key not in self._resampled:
+                scores = ClassifiedSamples(stored.arrays["scores"][kept], truth, names, known=known, wanted=compared)
+                resampling = (groups, self.settings.num_resamples, self.settings.seed)
+                self._resampled[key] = resampled_figures(scores, *resampling)
+            return self._resampled[key]
+
+        first, second = (resampled(stored, kept) for stored, kept in zip(pair, cells, strict=True))
+        differences = differences_of(first, second, self.settings.confidence)
+        return {name: differences[name] for name in compared if name in differences}
+
+    def _of_hits(
+        self, first: StoredResult, second: StoredResult, places: Sequence[NDArray[Any]], groups: NDArray[Any] | None
+    ) -> dict[str, PairedDifference]:
+        """Recall at each k both have, image to text: a text belongs to an image and is no sample of its own."""
+        if len(first.arrays["rows"]) != len(second.arrays["rows"]):
+            logger.warning("%s: the galleries differ, since not all images could be read by both", first.record["task"])
+        found = {}
+        for column, k in enumerate(first.arrays["ks"].tolist()):
+            others = second.arrays["ks"].tolist()
+            if k in others:
+                found[f"image_to_text_recall@{k}"] = paired_mean_difference(
+                    first.arrays["image_to_text"][places[0], column],
+                    second.arrays["image_to_text"][places[1], others.index(k)],
+                    groups=groups,
+                    num_resamples=self.settings.num_resamples,
+                    confidence=self.settings.confidence,
+                    seed=self.settings.seed,
+                )
+        return found

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from medclip_hf.evaluation.intervals import Interval, mean_with_interval
+from medclip_hf.evaluation.intervals import Interval, means_with_intervals
 
 TIE_TOLERANCE = 1e-6  # of a cosine: what a matrix product leaves between equal rows in float32
 _CHUNK_SIZE = 1024  # rows and columns of a block: 4 MB of float32, which stay near the processor
@@ -63,19 +63,15 @@ class RetrievalHits:
             ValueError: as `intervals.mean_with_interval`.
         """
         group_of_image = np.arange(len(self.image_to_text)) if groups is None else np.asarray(groups)
-        figures = {}
+        figures: dict[str, Interval] = {}
         for way, hits, owners in (
             ("image_to_text", self.image_to_text, group_of_image),
             ("text_to_image", self.text_to_image, group_of_image[self.text_to_image_row.numpy()]),
         ):
-            for column, k in enumerate(self.ks):
-                figures[f"{way}_recall@{k}"] = mean_with_interval(
-                    hits[:, column].numpy(),
-                    groups=owners,
-                    num_resamples=num_resamples,
-                    confidence=confidence,
-                    seed=seed,
-                )
+            intervals = means_with_intervals(
+                hits.numpy(), groups=owners, num_resamples=num_resamples, confidence=confidence, seed=seed
+            )
+            figures |= {f"{way}_recall@{k}": found for k, found in zip(self.ks, intervals, strict=True)}
         return figures
 
 

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from medclip_hf.evaluation.intervals import (
     Interval,
     bootstrap_weights,
+    group_sums,
     mean_with_interval,
     percentile_interval,
 )
@@ -91,12 +92,12 @@ def text_figures(
     figures: dict[str, Interval] = {}
     left_out: dict[str, str] = {}
     if orders := [order for order in range(1, _MAX_ORDER + 1) if f"bleu_{order}" in metrics]:
-        counted = _bleu_counts(texts, truth)
-        weights = list(bootstrap_weights(len(texts), groups, num_resamples, seed))
+        counts, _ = group_sums(_bleu_counts(texts, truth), groups)
+        drawn = [weights @ counts for weights in bootstrap_weights(len(counts), None, num_resamples, seed)]
+        corpora = np.concatenate([counts.sum(axis=0, keepdims=True), *drawn])  # the texts as they are, and resamples
         for order in orders:
-            drawn = np.concatenate([np.zeros(0), *(_bleu(block @ counted, order) for block in weights)])
-            point = float(_bleu(counted.sum(axis=0, keepdims=True), order)[0])
-            figures[f"bleu_{order}"] = percentile_interval(point, drawn, 0.95)
+            point, *resampled = _bleu(corpora, order)
+            figures[f"bleu_{order}"] = percentile_interval(float(point), resampled, 0.95)
     if "meteor" in metrics and shutil.which("java") is None:
         left_out["meteor"] = "METEOR 1.5 is a Java program, and there is no 'java' on the PATH: install a Java runtime."
     for name, scores_of in (("rouge_l", _rouge_l), ("meteor", _meteor), ("cider", _cider)):

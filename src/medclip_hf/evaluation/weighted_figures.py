@@ -1,6 +1,6 @@
 """Figures of a classifier as functions of weighted samples: what point estimates, bootstraps and comparisons share."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,7 @@ Kind = Literal["single-label", "multi-label"]
 
 OF_DECISIONS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "precision", "f1")
 OF_PROBABILITIES = ("brier", "ece")
+_MEANS_OF_DECISIONS = ("f1_macro", "f1_micro")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class WeightedFigures:
 class ClassifiedSamples:
     """Scores and labels of a test set, checked and sorted once, so that a weighting of the samples is cheap.
 
-    Arguments and errors as in `classification.classification_figures`.
+    Arguments and errors as in `classification.classification_figures`; and `wanted`, names of the overall figures that
+    are computed at least, None for all.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class ClassifiedSamples:
         class_names: Sequence[str],
         *,
         known: ArrayLike | None = None,
-        thresholds: float | Sequence[float] | None = None,
+        thresholds: ArrayLike | None = None,
         specificity: float = 0.9,
         num_bins: int = 15,
+        wanted: Collection[str] | None = None,
     ) -> None:
         if not 0.0 < specificity <= 1.0:
             raise ValueError(f"specificity must lie in (0, 1], got {specificity}")
@@ -59,10 +62,17 @@ class ClassifiedSamples:
         self.thresholds, self.left_out = self._checked_thresholds(thresholds)
         self.undefined = self._undefined_classes()
         self.defined = [k for k, name in enumerate(self.class_names) if name not in self.undefined]
-        self._parts: list[_Ranking | _Decisions | _Findings | _Distributions] = [_Ranking(self, specificity)]
-        if self.thresholds is not None or self.kind == "single-label":
+
+        def is_wanted(*names: str) -> bool:
+            return wanted is None or not set(names).isdisjoint(wanted)
+
+        self._parts: list[_Ranking | _Decisions | _Findings | _Distributions] = [
+            _Ranking(self, specificity, tuple(name for name in _Ranking.NAMES if is_wanted(name)))
+        ]
+        has_decisions = self.thresholds is not None or self.kind == "single-label"
+        if has_decisions and is_wanted(*OF_DECISIONS, *_MEANS_OF_DECISIONS):
             self._parts.append(_Decisions(self))
-        if not self.left_out.keys() & set(OF_PROBABILITIES):
+        if is_wanted(*OF_PROBABILITIES) and not self.left_out.keys() & set(OF_PROBABILITIES):
             self._parts.append((_Distributions if self.kind == "single-label" else _Findings)(self, num_bins))
 
     def point(self) -> WeightedFigures:
@@ -82,8 +92,9 @@ class ClassifiedSamples:
         """The figures of weightings (R, N) of the samples."""
         overall: Figures = {}
         per_class: Figures = {}
+        by_sample = np.ascontiguousarray(weights.T)
         for part in self._parts:
-            of_all, of_classes = part.figures(weights)
+            of_all, of_classes = part.figures(weights, by_sample)
             overall |= of_all
             per_class |= of_classes
         return WeightedFigures(overall, per_class)
@@ -101,8 +112,8 @@ class ClassifiedSamples:
             raise ValueError(f"scores must be finite, but {bad} of {self.scores.size} are not: mark them not known")
         return is_known
 
-    def _checked_thresholds(self, thresholds: float | Sequence[float] | None) -> tuple[Floats | None, dict[str, str]]:
-        """K thresholds or None, and the figures that cannot be computed with the reason."""
+    def _checked_thresholds(self, thresholds: ArrayLike | None) -> tuple[Floats | None, dict[str, str]]:
+        """Thresholds (K,) or (N, K) or None, and the figures that cannot be computed with the reason."""
         is_single = self.kind == "single-label"
         if is_single and thresholds is not None:
             raise ValueError("thresholds are for several findings per sample; one class each is the highest score")
@@ -118,9 +129,12 @@ class ClassifiedSamples:
         if is_single or (thresholds is None and not is_probability):
             return None, left_out
         values = np.asarray(0.5 if thresholds is None else thresholds, dtype=np.float64)
-        if values.shape not in ((), (len(self.class_names),)) or np.isnan(values).any():
-            raise ValueError(f"expected one threshold or one for each of {len(self.class_names)} classes, got {values}")
-        return np.broadcast_to(values, (len(self.class_names),)).copy(), left_out
+        if values.shape not in ((), (len(self.class_names),), self.scores.shape) or np.isnan(values).any():
+            raise ValueError(
+                f"expected one threshold, one for each of {len(self.class_names)} classes or one for each score, got "
+                f"{values}"
+            )
+        return (np.full(len(self.class_names), values) if values.ndim == 0 else values), left_out
 
     def _undefined_classes(self) -> dict[str, str]:
         positive = (self.truth & self.known).sum(axis=0)
@@ -137,22 +151,25 @@ class _Ranking:
 
     NAMES = ("auroc", "auprc", "sensitivity_at_specificity")
 
-    def __init__(self, samples: ClassifiedSamples, specificity: float) -> None:
+    def __init__(self, samples: ClassifiedSamples, specificity: float, names: tuple[str, ...]) -> None:
+        self.names = names
         self.specificity = specificity
         self.ranked = [
             RankedClass(samples.scores[:, k], samples.truth[:, k], samples.known[:, k]) for k in samples.defined
         ]
 
-    def figures(self, weights: Floats) -> tuple[Figures, Figures]:
-        columns = np.empty((len(self.NAMES), len(weights), len(self.ranked)))
-        by_sample = np.ascontiguousarray(weights.T)
-        for column, ranked in enumerate(self.ranked):
+    def figures(self, weights: Floats, by_sample: Floats) -> tuple[Figures, Figures]:
+        per_class = {name: np.empty((len(weights), len(self.ranked))) for name in self.names}
+        for column, ranked in enumerate(self.ranked if self.names else ()):
             positive, negative = ranked.counts(by_sample)
-            columns[0, :, column] = area_under_roc(positive, negative)
-            columns[1, :, column] = average_precision(positive, negative)
-            columns[2, :, column] = sensitivity_at_specificity(positive, negative, self.specificity)
-        per_class = dict(zip(self.NAMES, columns, strict=True))
+            for name, values in per_class.items():
+                values[:, column] = self._of_curve(name, positive, negative)
         return {name: _mean(values) for name, values in per_class.items()}, per_class
+
+    def _of_curve(self, name: str, positive: Floats, negative: Floats) -> Floats:
+        if name == "sensitivity_at_specificity":
+            return sensitivity_at_specificity(positive, negative, self.specificity)
+        return area_under_roc(positive, negative) if name == "auroc" else average_precision(positive, negative)
 
 
 class _Decisions:
@@ -174,7 +191,7 @@ class _Decisions:
         self.positive = (truth & known).astype(np.float64)
         self.known = known.astype(np.float64)
 
-    def figures(self, weights: Floats) -> tuple[Figures, Figures]:
+    def figures(self, weights: Floats, _: Floats) -> tuple[Figures, Figures]:
         true_positive, called, positive = weights @ self.true_positive, weights @ self.called, weights @ self.positive
         total = weights @ self.known
         true_negative = total - called - positive + true_positive
@@ -213,9 +230,9 @@ class _Findings:
             for k in range(len(samples.defined))
         ]
 
-    def figures(self, weights: Floats) -> tuple[Figures, Figures]:
+    def figures(self, weights: Floats, by_sample: Floats) -> tuple[Figures, Figures]:
         total = weights @ self.known
-        gaps = [gaps.total(weights) for gaps in self.gaps]
+        gaps = [gaps.total(by_sample) for gaps in self.gaps]
         per_class = {
             "brier": _ratio(weights @ self.squared, total),
             "ece": _ratio(np.stack(gaps, axis=1) if gaps else np.zeros_like(total), total),
@@ -232,11 +249,11 @@ class _Distributions:
         self.squared = ((samples.scores - samples.truth) ** 2).sum(axis=1)
         self.gaps = BinnedGaps(samples.scores[rows, chosen], samples.truth[rows, chosen], num_bins)
 
-    def figures(self, weights: Floats) -> tuple[Figures, Figures]:
+    def figures(self, weights: Floats, by_sample: Floats) -> tuple[Figures, Figures]:
         total = weights.sum(axis=1)
         return {
             "brier": _ratio(weights @ self.squared, total),
-            "ece": _ratio(self.gaps.total(weights), total),
+            "ece": _ratio(self.gaps.total(by_sample), total),
         }, {}
 
 

@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("solid", "dashed", "dotted")
 MAX_CURVES = len(COLOURS) * len(_STYLES)
-_MAX_BANDS = 4  # more of them hide each other
+MAX_BANDS = 4  # more of them hide each other
 _DPI, _LABEL_WIDTH = 130, 30
 _BAR_INCHES, _BAR_WIDTH = 0.22, 0.8
 _LEGEND_LINE_INCHES = 0.135
@@ -146,7 +146,7 @@ def reliability_plot(curves: Mapping[str, Reliability], *, title: str = "") -> b
     tile.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle=(0, (2, 3)), label="perfectly calibrated")
     for index, (name, curve) in enumerate(curves.items()):
         style = _style(index)
-        if len(curves) <= _MAX_BANDS:
+        if len(curves) <= MAX_BANDS:
             tile.fill_between(curve.predicted, curve.low, curve.high, color=style["color"], alpha=0.18, linewidth=0)
         tile.plot(curve.predicted, curve.observed, marker="o", markersize=4, label=_wrapped(name), **style)
         below.plot(curve.predicted, curve.count, marker="o", markersize=3, **style)
@@ -233,7 +233,7 @@ def _draw_curves(tile: Axes, curves: Mapping[str, CurveWithBand]) -> None:
     _check_number(curves)
     for index, (name, curve) in enumerate(curves.items()):
         style = _style(index)
-        if len(curves) <= _MAX_BANDS:
+        if len(curves) <= MAX_BANDS:
             tile.fill_between(curve.x, curve.low, curve.high, color=style["color"], alpha=0.18, linewidth=0)
         tile.plot(curve.x, curve.y, label=_wrapped(name), **style)
     _unit_square(tile)
