@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from medclip_hf.data.images import UnreadableImage, decode_image, open_image
 from medclip_hf.data.stages import Drop
@@ -337,7 +337,8 @@ def _row_id(source: PictureSource, index: int) -> str:
 def _collate(batch: list[tuple[str, Tensor] | Drop]) -> _Loaded:
     found = [item for item in batch if not isinstance(item, Drop)]
     drops = [item for item in batch if isinstance(item, Drop)]
-    pixel_values = torch.stack([pixels for _, pixels in found]) if found else torch.zeros(0)
+    # In a worker this stacks where the main process reads, without another copy.
+    pixel_values = default_collate([pixels for _, pixels in found]) if found else torch.zeros(0)
     return pixel_values, [row_id for row_id, _ in found], drops
 
 
