@@ -15,7 +15,9 @@ except ImportError:
     triton = None
 
 SEARCHABLE = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK_PATCHES, BLOCK_CONCEPTS, BLOCK_WIDTH = 64, 64, 64
+PRODUCTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+BLOCK_PATCHES, BLOCK_CONCEPTS = 64, 64
+BLOCK_WIDTH = {"fp32": 32, "bf16": 64, "fp16": 64}  # 64 of float32 would not fit into the registers
 
 
 def can_search(patch_embeds: Tensor) -> bool:
@@ -30,7 +32,9 @@ def search_best_patches(
     """Each image's best similarity to each concept (b, N) float32, and the patch that has it (b, N) int64.
 
     Patches are compared in `product_dtype`, sums kept in float32; the similarity of the best one is then computed in
-    float32. Of equal patches the first wins. Memory: the (b, N) results, against (b, P, N) similarities.
+    float32. Float32 is multiplied on tensor cores: as three TF32 products, whose error is near float32's own, or as one
+    where `torch.set_float32_matmul_precision` allows it. Of equal patches the first wins. Memory: the (b, N) results,
+    against (b, P, N) similarities.
 
     Args:
         patch_embeds (b, P, D): at least one patch.
@@ -41,8 +45,12 @@ def search_best_patches(
     num_concepts = len(concept_embeds)
     values = patch_embeds.new_empty((num_images, num_concepts), dtype=torch.float32)
     indices = patch_embeds.new_empty((num_images, num_concepts), dtype=torch.int64)
-    if values.numel() > 0:
-        _search[(num_images, triton.cdiv(num_concepts, BLOCK_CONCEPTS))](
+    if values.numel() == 0:
+        return values, indices
+    product = PRODUCTS[product_dtype]
+    num_blocks = triton.cdiv(num_concepts, BLOCK_CONCEPTS)
+    with torch.cuda.device_of(patch_embeds):  # Triton launches on the current device, whoever owns the tensors
+        _search[(num_images * num_blocks,)](
             patch_embeds.contiguous(),
             concept_embeds.contiguous(),
             values,
@@ -50,10 +58,12 @@ def search_best_patches(
             num_patches,
             num_concepts,
             width,
-            PRODUCT={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[product_dtype],
+            num_blocks,
+            PRODUCT=product,
+            PRECISION="tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32",
             BLOCK_P=BLOCK_PATCHES,
             BLOCK_N=BLOCK_CONCEPTS,
-            BLOCK_D=BLOCK_WIDTH,
+            BLOCK_D=BLOCK_WIDTH[product],
         )
     return values, indices
 
@@ -78,14 +88,17 @@ if triton is not None:
         num_patches,
         num_concepts,
         width,
+        num_blocks,
         PRODUCT: tl.constexpr,
+        PRECISION: tl.constexpr,
         BLOCK_P: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):
         """One image against a block of concepts: all its patches go by, the best of each concept stays."""
-        image = tl.program_id(0).to(tl.int64)
-        concept = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        # Programs that run at the same time share an image: its patches are then read from memory about once.
+        image = (tl.program_id(0) // num_blocks).to(tl.int64)
+        concept = (tl.program_id(0) % num_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         is_concept = concept < num_concepts
         own_patches = patches + image * num_patches * width
         best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -111,7 +124,7 @@ if triton is not None:
                     _lowered(some_patches, PRODUCT),
                     _lowered(some_concepts, PRODUCT),
                     similarity,
-                    input_precision="ieee",
+                    input_precision=PRECISION,
                 )
             similarity = tl.where(is_patch[:, None], similarity, float("-inf"))
             top = tl.max(similarity, axis=0)
