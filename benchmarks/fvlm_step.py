@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from medclip_hf.modeling.fvlm import FVLMConfig, FVLMModel
 from medclip_hf.modeling.fvlm.anatomy_masks_fvlm import anatomy_token_mask, complete_anatomies
-from medclip_hf.modeling.fvlm.modeling_fvlm import FVLMVisionLayer
+from medclip_hf.modeling.fvlm.vision_fvlm import FVLMVisionLayer
 from medclip_hf.training.objectives import FVLMObjective
 
 PARTS = ("data", "image encoder", "pooling", "text encoder", "loss")

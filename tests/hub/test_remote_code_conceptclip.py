@@ -98,6 +98,7 @@ def test_the_folder_holds_the_code_and_names_its_classes(saved):
         "modeling_conceptclip.py",
         "patch_search_triton.py",
         "processing_conceptclip.py",
+        "spelling_conceptclip.py",
     }
     assert json.loads((folder / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_conceptclip.ConceptCLIPConfig",

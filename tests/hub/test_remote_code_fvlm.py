@@ -100,11 +100,14 @@ def test_the_folder_holds_the_code_and_names_its_classes(saved):
     folder, tower, _, _ = saved
     assert {path.name for path in folder.glob("*.py")} == {
         "anatomy_masks_fvlm.py",
+        "anatomy_pooling_fvlm.py",
         "configuration_fvlm.py",
         "image_processing_fvlm.py",
         "loss_fvlm.py",
         "modeling_fvlm.py",
         "processing_fvlm.py",
+        "spelling_fvlm.py",
+        "vision_fvlm.py",
     }
     assert json.loads((folder / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_fvlm.FVLMConfig",
@@ -112,7 +115,7 @@ def test_the_folder_holds_the_code_and_names_its_classes(saved):
     }
     assert json.loads((tower / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_fvlm.FVLMVisionConfig",
-        "AutoModel": "modeling_fvlm.FVLMVisionModel",
+        "AutoModel": "vision_fvlm.FVLMVisionModel",
     }
     processor_config = json.loads((folder / "processor_config.json").read_text())
     assert processor_config["auto_map"]["AutoProcessor"] == "processing_fvlm.FVLMProcessor"

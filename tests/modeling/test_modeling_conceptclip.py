@@ -1,6 +1,7 @@
 """ConceptCLIP's network: its equations, its manners as a transformers model, its refusals."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -361,6 +362,18 @@ def test_it_loads_and_runs_in_bfloat16(batch, tmp_path):
     assert model.get_concept_maps(**batch).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_and_biases_stay_exact_in_half_precision(tmp_path, dtype):
+    tiny_model(concept_logit_bias_init_value=-9.99).save_pretrained(tmp_path / "full")
+    half = ConceptCLIPModel.from_pretrained(tmp_path / "full", dtype=dtype)
+    assert half.logit_scale.item() == pytest.approx(math.log(1 / 0.07), abs=1e-6)
+    assert half.concept_logit_bias.item() == pytest.approx(-9.99, abs=1e-6)
+    half.save_pretrained(tmp_path / "half")  # the precision that is saved is that of the weights
+    again = ConceptCLIPModel.from_pretrained(tmp_path / "half")
+    assert half.dtype == again.dtype == again.config.dtype == again.vision_model.dtype == dtype
+    assert again.logit_scale.dtype == torch.float32
+
+
 def test_logits_are_computed_in_float32_under_autocast(model, batch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = model(**batch, return_loss=True)
@@ -469,6 +482,13 @@ def test_a_misspelt_key_in_a_saved_configuration_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="patch_concept_loss_wieght"):
         ConceptCLIPConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["concept_token_span", "retrun_loss", "output_hiden_states"])
+def test_a_misspelt_argument_is_refused_with_the_right_one(model, batch, name):
+    with pytest.raises(ValueError, match=f"knows no '{name}'. Did you mean"):
+        model(**batch, **{name: True})
+    assert model(**batch, a_column_of_the_data_set=1).loss is None
 
 
 def test_towers_that_cannot_serve_are_refused():

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from medclip_hf.hub.convert_fvlm import from_official_state_dict, to_official_state_dict
 from medclip_hf.modeling.fvlm import FVLMConfig, FVLMModel, FVLMVisionConfig, FVLMVisionModel
 from medclip_hf.modeling.fvlm.anatomy_masks_fvlm import anatomy_token_mask, complete_anatomies
+from medclip_hf.modeling.fvlm.anatomy_pooling_fvlm import FVLMAnatomyPooling
 from medclip_hf.modeling.fvlm.loss_fvlm import anatomy_logits, normalize_rows, positive_pairs
-from medclip_hf.modeling.fvlm.modeling_fvlm import FVLMAnatomyPooling
 
 CASES = ("all_intact", "cropped_border", "organ_missing", "all_normal_organ", "single_patient_organ")
 SIZE_DHW, PATCH_DHW = (8, 12, 16), (4, 4, 8)
@@ -458,6 +458,29 @@ def test_word_embeddings_can_grow(model, inputs):
     model.resize_token_embeddings(60)
     assert model.config.text_config.vocab_size == 60
     assert torch.equal(model(**inputs).text_embeds, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_scale_stays_exact_in_half_precision(model, tmp_path, dtype):
+    model.save_pretrained(tmp_path / "full")
+    half = FVLMModel.from_pretrained(tmp_path / "full", dtype=dtype)
+    assert half.logit_scale.item() == model.logit_scale.item()
+    half.save_pretrained(tmp_path / "half")  # the precision that is saved is that of the weights
+    again = FVLMModel.from_pretrained(tmp_path / "half")
+    assert half.dtype == again.dtype == again.config.dtype == again.vision_model.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["text_indx", "retrun_loss"])
+def test_a_misspelt_argument_is_refused_with_the_right_one(model, inputs, name):
+    with pytest.raises(ValueError, match=f"knows no '{name}'. Did you mean"):
+        model(**inputs, **{name: True})
+
+
+def test_a_misspelt_configuration_key_is_refused_with_the_right_one():
+    with pytest.raises(ValueError, match="Did you mean 'feature_layers'"):
+        tiny_config(feature_layer=(0,))
+    with pytest.raises(ValueError, match="Did you mean 'patch_size_dhw'"):
+        FVLMVisionConfig(patch_sise_dhw=(16, 16, 32))
 
 
 def test_bfloat16_weights_run(model, inputs):

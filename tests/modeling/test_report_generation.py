@@ -236,3 +236,16 @@ def test_a_token_is_predicted_without_those_that_follow_it_in_models_put_togethe
 def test_inputs_that_do_not_fit_are_refused(change, told):
     with pytest.raises(ValueError, match=told):
         make_image_model()(**{**image_inputs(), **change})
+
+
+@pytest.mark.parametrize(("make", "inputs"), KINDS)
+@pytest.mark.parametrize("language", list(LANGUAGE))
+def test_the_language_model_can_learn_further_words(make, inputs, language, tmp_path):
+    model = make(language)
+    model.resize_token_embeddings(40)
+    assert model(**inputs()).logits.shape[-1] == 40
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    words, head = again.get_input_embeddings().weight, again.get_output_embeddings().weight
+    assert (words is head) == again.language_model.config.tie_word_embeddings
+    torch.testing.assert_close(again(**inputs()).logits, model(**inputs()).logits, rtol=0, atol=0)

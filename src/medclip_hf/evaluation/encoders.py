@@ -243,10 +243,18 @@ def make_encoder(
     for part in ("image_processor", "tokenizer"):
         if getattr(processor, part, None) is None:
             raise ValueError(f"the processor of {name} has no {part}; save the whole processor beside the model.")
-    torch.nn.Module.to(model, device=place, dtype=precision).eval()  # in place, as `to` of a module is
+    _move(model, place, precision)
     if isinstance(model, ConceptCLIPModel):
         return _conceptclip_encoder(model, processor, name, place, precision)
     return _transformers_encoder(model, processor, name, place, precision)
+
+
+def _move(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Put a model there, in that precision and in evaluation mode; its scalars, rounded, would shift every logit."""
+    scalars = {name: value.detach().clone() for name, value in model.named_parameters() if value.numel() == 1}
+    torch.nn.Module.to(model, device=device, dtype=dtype).eval()  # in place, as `to` of a module is
+    for name, value in scalars.items():
+        model.get_parameter(name).data = value.to(device)
 
 
 def _conceptclip_encoder(

@@ -26,8 +26,8 @@ from medclip_hf.hub.checkpoints import (
     without_wrapper_prefix,
 )
 from medclip_hf.hub.convert_configs import tower_fields
+from medclip_hf.modeling.fvlm import FVLMModel, FVLMVisionModel
 from medclip_hf.modeling.fvlm.configuration_fvlm import FVLMConfig
-from medclip_hf.modeling.fvlm.modeling_fvlm import FVLMModel, FVLMVisionModel
 
 logger = logging.getLogger(__name__)
 

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any
 
 from transformers import BertConfig, SiglipVisionConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec, strict
+
+from .spelling_conceptclip import check_spelling
 
 # SigLIP SO400M, patch 14, 384 pixels. ConceptCLIP's weights were trained with the exact GELU; SigLIP's own
 # configuration files name the tanh approximation.
@@ -58,16 +59,9 @@ class ConceptCLIPConfig(PreTrainedConfig):
     concept_logit_bias_init_value: float | int = -10.0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_spelling(kwargs, [field.name for field in fields(type(self))])
+        check_spelling(type(self).__name__, kwargs, [field.name for field in fields(type(self))])
         super().__post_init__(**kwargs)
         _check_vision_config(self.vision_config)
-
-
-def _check_spelling(extra: dict[str, Any], known: list[str]) -> None:
-    """Refuse what can only be a misspelt field; other extra keys stay, as tools of the Hub add their own."""
-    for key in extra:
-        if meant := get_close_matches(key, known, n=1, cutoff=0.8):
-            raise ValueError(f"ConceptCLIPConfig knows no {key!r}. Did you mean {meant[0]!r}?")
 
 
 def _check_vision_config(config: PreTrainedConfig) -> None:

@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, cached_file, can_return_tuple, find_adapter_config_file
 
 from .configuration_conceptclip import ConceptCLIPConfig
+from .spelling_conceptclip import refuse_misspelt
 
 # Beside an adapter: the fields of the configuration that its head was built with, since the base knows no labels.
 HEAD_CONFIG = "head_config.json"
@@ -158,6 +159,7 @@ class ConceptCLIPForImageClassification(PreTrainedModel):
         return F.normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)), dim=-1), outputs
 
     @can_return_tuple
+    @refuse_misspelt
     def forward(
         self,
         pixel_values: Tensor | None = None,

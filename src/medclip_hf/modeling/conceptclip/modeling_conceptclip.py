@@ -26,6 +26,7 @@ from .loss_conceptclip import (
     pool_concepts,
     usable_concepts,
 )
+from .spelling_conceptclip import refuse_misspelt
 
 MAX_LOGIT_SCALE = math.log(100)  # of the stored logarithm, as in CLIP and in ConceptCLIP's release
 
@@ -113,6 +114,8 @@ class ConceptCLIPModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["ConceptCLIPProjectionHead"]  # noqa: RUF012 - those of the towers are added by post_init
+    # In bfloat16 a scale is up to 1.6 % off, more than all that the towers round.
+    _keep_in_fp32_modules_strict = ["logit_scale", "logit_bias"]  # noqa: RUF012 - of the concepts as well
 
     def __init__(self, config: ConceptCLIPConfig) -> None:
         super().__init__(config)
@@ -187,6 +190,12 @@ class ConceptCLIPModel(PreTrainedModel):
         if self.config.use_patch_concept_alignment:
             self.concept_logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
 
+    # Same as in fvlm.
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights; scalars stay in float32, see `_keep_in_fp32_modules_strict`."""
+        return next(one.dtype for one in self.parameters() if one.is_floating_point() and one.numel() != 1)
+
     def get_input_embeddings(self) -> nn.Module:
         """The word embeddings of the text tower."""
         return self.text_model.get_input_embeddings()
@@ -204,6 +213,7 @@ class ConceptCLIPModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @can_return_tuple
+    @refuse_misspelt
     def get_image_features(
         self,
         pixel_values: Tensor,
@@ -226,6 +236,7 @@ class ConceptCLIPModel(PreTrainedModel):
         )
 
     @can_return_tuple
+    @refuse_misspelt
     def get_text_features(
         self,
         input_ids: Tensor,
@@ -366,6 +377,7 @@ class ConceptCLIPModel(PreTrainedModel):
         return similarity.unflatten(2, (height // patch_size, width // patch_size))
 
     @can_return_tuple
+    @refuse_misspelt
     def forward(
         self,
         input_ids: Tensor | None = None,

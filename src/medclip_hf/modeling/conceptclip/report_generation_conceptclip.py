@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_conceptclip import SO400M_PATCH14_384
 from .modeling_conceptclip import ConceptCLIPModel
+from .spelling_conceptclip import refuse_misspelt
 
 NO_TARGET = -100  # label of a token that is not to be predicted: prompt and padding
 
@@ -181,7 +182,13 @@ class ConceptCLIPForReportGeneration(PreTrainedModel):
         """The layer that gives the language model's logits."""
         return self.language_model.get_output_embeddings()
 
+    # Same as in fvlm.
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the layer that gives the language model's logits, as `resize_token_embeddings` does."""
+        self.language_model.set_output_embeddings(value)
+
     @can_return_tuple
+    @refuse_misspelt
     def forward(
         self,
         input_ids: Tensor,

@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_conceptclip import SO400M_PATCH14_384
 from .modeling_conceptclip import ConceptCLIPModel, ConceptCLIPProjectionHead
+from .spelling_conceptclip import refuse_misspelt
 
 NO_ANSWER = -100  # label of a question whose answer the vocabulary does not hold
 TEXT, IMAGE = 0, 1  # rows of the stream embedding
@@ -200,6 +201,7 @@ class ConceptCLIPForVisualQuestionAnswering(PreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
+    @refuse_misspelt
     def forward(
         self,
         input_ids: Tensor,

@@ -13,15 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput, cached_file, can_return_tuple, find_adapter_config_file
 
+from .anatomy_pooling_fvlm import FVLMAnatomyHead, FVLMAnatomyPooling
 from .configuration_fvlm import FVLMConfig
-from .modeling_fvlm import (
-    FVLMAnatomyHead,
-    FVLMAnatomyOutput,
-    FVLMAnatomyPooling,
-    FVLMModel,
-    FVLMPreTrainedModel,
-    FVLMVisionModel,
-)
+from .modeling_fvlm import FVLMAnatomyOutput, FVLMModel
+from .spelling_fvlm import refuse_misspelt
+from .vision_fvlm import FVLMPreTrainedModel, FVLMVisionModel
 
 # Beside an adapter: the fields of the configuration that its head was built with, since the base knows no findings.
 HEAD_CONFIG = "head_config.json"
@@ -156,6 +152,7 @@ class FVLMForAnatomyClassification(FVLMPreTrainedModel):
     _token_mask = FVLMModel._token_mask
 
     @can_return_tuple
+    @refuse_misspelt
     def forward(
         self,
         pixel_values: Tensor | None = None,

@@ -1,9 +1,12 @@
 """Configuration of fVLM: a 3-D vision transformer, a BERT text tower and one head for each anatomy."""
 
+from dataclasses import fields
 from typing import Any
 
 from transformers import BertConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec, strict
+
+from .spelling_fvlm import check_spelling
 
 # An anatomy is a bit of a 64-bit integer; one bit is the background's, one that of unknown ids, one is the sign.
 MAX_ANATOMIES = 61
@@ -46,6 +49,7 @@ class FVLMVisionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_spelling(type(self).__name__, kwargs, [field.name for field in fields(type(self))])
         self.image_size_dhw = tuple(self.image_size_dhw)
         self.patch_size_dhw = tuple(self.patch_size_dhw)
         super().__post_init__(**kwargs)
@@ -110,6 +114,7 @@ class FVLMConfig(PreTrainedConfig):
     logit_scale_init_value: float = 2.6592600369327779
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_spelling(type(self).__name__, kwargs, [field.name for field in fields(type(self))])
         self.anatomies = tuple(self.anatomies)
         self.feature_layers = tuple(self.feature_layers)
         super().__post_init__(**kwargs)

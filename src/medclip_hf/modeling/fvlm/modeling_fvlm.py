@@ -1,7 +1,7 @@
 """fVLM: a CT volume gives one embedding for each anatomy, compared with texts about that anatomy."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,38 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .anatomy_masks_fvlm import anatomy_token_mask, count_patches, touching_anatomies
-from .configuration_fvlm import FVLMConfig, FVLMVisionConfig
+from .anatomy_pooling_fvlm import FVLMAnatomyHead, FVLMAnatomyPooling
+from .configuration_fvlm import FVLMConfig
 from .loss_fvlm import anatomy_alignment_loss
+from .spelling_fvlm import refuse_misspelt
+from .vision_fvlm import FVLMPreTrainedModel, FVLMVisionModel, check_pixel_values
 
 # Bounds of the temperature in the release, which clamps it before every training step.
 MIN_TEMPERATURE = 0.001
 MAX_TEMPERATURE = 0.5
-
-
-@dataclass
-class FVLMVisionOutput(BaseModelOutputWithPooling):
-    """What `FVLMVisionModel` gives back.
-
-    Args:
-        last_hidden_state: (B, P, hidden), layer-normed tokens of the last block.
-        pooler_output: always None; tokens are pooled for each anatomy by `FVLMModel`.
-        hidden_states: on request, the embeddings and every block's output.
-        attentions: on request (eager attention), (B, heads, P, P) of every block.
-        feature_levels: (B, L, P, hidden), the blocks asked for in `feature_layers` and then `last_hidden_state`;
-            None where none was asked for.
-    """
-
-    feature_levels: Tensor | None = None
 
 
 @dataclass
@@ -104,338 +85,6 @@ def _plain_values(output: ModelOutput) -> tuple[Any, ...]:
     return tuple(value.long() if isinstance(value, Tensor) and value.dtype == torch.bool else value for value in values)
 
 
-# Vision tower ----------------------------------------------------------------------------------------------------
-
-
-def _check_pixel_values(pixel_values: Tensor, num_channels: int) -> None:
-    if pixel_values.ndim != 5 or pixel_values.shape[1] != num_channels:
-        raise ValueError(
-            f"pixel_values has shape (batch, {num_channels}, depth, height, width), but {tuple(pixel_values.shape)} "
-            "came. FVLMImageProcessor gives this shape."
-        )
-
-
-class FVLMPatchEmbedding(nn.Conv3d):
-    """A convolution whose stride is its kernel, computed as one matrix product: the same numbers in half the time."""
-
-    def __init__(self, config: FVLMVisionConfig) -> None:
-        depth, height, width = config.patch_size_dhw
-        patch_size_dhw = (depth, height, width)
-        super().__init__(config.num_channels, config.hidden_size, kernel_size=patch_size_dhw, stride=patch_size_dhw)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, P, hidden) of `pixel_values` (B, channels, D, H, W)."""
-        patches = pixel_values.to(self.weight.dtype)
-        for dim, size in zip((2, 4, 6), self.kernel_size, strict=True):
-            patches = patches.unflatten(dim, (-1, size))  # (batch, channels, d, patch_d, h, patch_h, w, patch_w)
-        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7)
-        return F.linear(patches.flatten(4).flatten(1, 3), self.weight.flatten(1), self.bias)
-
-
-class FVLMVisionEmbeddings(nn.Module):
-    """Patches of a volume as tokens with learned positions."""
-
-    def __init__(self, config: FVLMVisionConfig) -> None:
-        super().__init__()
-        self.patch_size_dhw = config.patch_size_dhw
-        self.grid_size_dhw = config.grid_size_dhw
-        self.num_channels = config.num_channels
-        self.initializer_range = config.initializer_range
-        self.patch_embedding = FVLMPatchEmbedding(config)
-        num_positions = math.prod(self.grid_size_dhw)
-        self.position_embedding = nn.Parameter(torch.empty(1, num_positions, config.hidden_size))
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def interpolate_pos_encoding(self, grid_size_dhw: tuple[int, int, int]) -> Tensor:
-        """Positions for a grid of patches, (1, P, hidden): the learned ones, or trilinear between them."""
-        if grid_size_dhw == self.grid_size_dhw:
-            return self.position_embedding
-        positions = self.position_embedding.unflatten(1, self.grid_size_dhw).permute(0, 4, 1, 2, 3)
-        positions = F.interpolate(positions.float(), size=grid_size_dhw, mode="trilinear", align_corners=False)
-        return positions.flatten(2).transpose(1, 2).to(self.position_embedding.dtype)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, P, hidden) tokens of `pixel_values` (B, channels, D, H, W)."""
-        _check_pixel_values(pixel_values, self.num_channels)
-        grid_size_dhw = count_patches(pixel_values.shape[2:], self.patch_size_dhw, "pixel_values")
-        hidden_states = self.patch_embedding(pixel_values)  # (batch, num_patches, hidden)
-        return self.dropout(hidden_states + self.interpolate_pos_encoding(grid_size_dhw))
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention spelled out, with its weights; the shape of transformers' attention functions."""
-    attention_weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
-    if attention_mask is not None:
-        attention_weights = attention_weights + attention_mask
-    attention_weights = attention_weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    attention_weights = F.dropout(attention_weights, p=dropout, training=module.training)
-    return torch.matmul(attention_weights, value).transpose(1, 2).contiguous(), attention_weights
-
-
-def _check_heads(hidden_size: int, num_heads: int, name: str) -> None:
-    if hidden_size % num_heads:
-        raise ValueError(f"hidden_size {hidden_size} of the vision tower must be a multiple of {name} {num_heads}.")
-
-
-class FVLMVisionAttention(nn.Module):
-    """Self-attention of one block."""
-
-    def __init__(self, config: FVLMVisionConfig) -> None:
-        super().__init__()
-        _check_heads(config.hidden_size, config.num_attention_heads, "num_attention_heads")
-        self.config = config
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = False
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> tuple[Tensor, Tensor | None]:
-        """(B, P, hidden) attended tokens, and the weights (B, heads, P, P) where the implementation gives them."""
-        input_shape = hidden_states.shape[:-1]
-        head_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # (batch, heads, num_patches, head_dim)
-        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attention_output, attention_weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            None,
-            is_causal=self.is_causal,
-            scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-            **kwargs,
-        )
-        attention_output = attention_output.reshape(*input_shape, -1).contiguous()
-        return self.out_proj(attention_output), attention_weights
-
-
-class FVLMVisionMLP(nn.Module):
-    """Two-layer perceptron of one block."""
-
-    def __init__(self, config: FVLMVisionConfig) -> None:
-        super().__init__()
-        self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, P, hidden) -> (B, P, hidden)."""
-        hidden_states = self.dropout(self.activation_fn(self.fc1(hidden_states)))
-        return self.dropout(self.fc2(hidden_states))
-
-
-class FVLMVisionLayer(GradientCheckpointingLayer):
-    """One pre-norm transformer block."""
-
-    def __init__(self, config: FVLMVisionConfig) -> None:
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = FVLMVisionAttention(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = FVLMVisionMLP(config)
-
-    def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
-        """(B, P, hidden) -> (B, P, hidden)."""
-        attention_output, _ = self.self_attn(self.layer_norm1(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.dropout(attention_output)
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
-
-
-# Anatomy pooling -------------------------------------------------------------------------------------------------
-
-
-class FVLMAnatomyHead(nn.Module):
-    """What belongs to one anatomy alone: its query into the volume and its projection into the shared space.
-
-    A module of its own for each anatomy, so that anatomies can be added, trained and frozen one by one.
-    """
-
-    def __init__(self, hidden_size: int, projection_dim: int) -> None:
-        super().__init__()
-        self.query = nn.Parameter(torch.empty(hidden_size))
-        self.projection = nn.Linear(hidden_size, projection_dim)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """(B, hidden) -> (B, projection_dim)."""
-        return self.projection(pooled)
-
-
-class FVLMAnatomyPooling(nn.Module):
-    """Multi-head attention of one query for each anatomy over the tokens of that anatomy.
-
-    The numbers and the parameters are those of `nn.MultiheadAttention`, but no token is projected: with q, k, v linear,
-
-        <W_q q, W_k x> = <W_k^T W_q q, x>    and    sum_j p_j W_v x_j = W_v sum_j p_j x_j,
-
-    so the few queries are carried back to the space of the tokens and the few pooled vectors forward. For 4 anatomies
-    and 4928 tokens this is 1/48 of the multiplications, and no key or value of a token is kept for the backward pass.
-    The key's bias adds the same number to all scores of a query, so softmax cancels it; it is kept for conversion.
-    """
-
-    def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        _check_heads(hidden_size, num_heads, "pooling_num_attention_heads")
-        self.num_heads = num_heads
-        self.head_dim = hidden_size // num_heads
-        self.attention_dropout = dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * hidden_size))
-        self.out_proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, queries: Tensor, levels: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled tokens (B, A, hidden) and the attention weights (B, heads, A, L, P).
-
-        Args:
-            queries: (A, hidden).
-            levels: (B, L, P, hidden), tokens of L levels of one grid.
-            token_mask: (B, A, P) bool; a row without any token gives zeros.
-        """
-        num_levels = levels.shape[1]
-        tokens = levels.flatten(1, 2)  # (B, L * P, hidden)
-        is_present = token_mask.any(dim=-1)
-        # Rows without a token look at everything, so that softmax stays finite, and are set to zero afterwards.
-        is_seen = (token_mask | ~is_present[..., None]).repeat(1, 1, num_levels)
-
-        scores = self._scores(queries, tokens).masked_fill(~is_seen[:, None], -math.inf)
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(tokens.dtype)  # (B, heads, A, L * P)
-        kept = F.dropout(weights, p=self.attention_dropout, training=self.training)
-        pooled = self.out_proj(self._values(kept, tokens))
-        pooled = pooled.masked_fill(~is_present[..., None], 0.0)
-        weights = weights.masked_fill(~is_present[:, None, :, None], 0.0).unflatten(-1, (num_levels, -1))
-        return pooled, weights
-
-    def _scores(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """(B, heads, A, tokens): <W_q q + b_q, W_k x + b_k> / sqrt(head_dim)."""
-        query_weight, key_weight, _ = self.in_proj_weight.chunk(3)
-        query_bias, key_bias, _ = self.in_proj_bias.chunk(3)
-        projected = F.linear(queries, query_weight, query_bias) * self.head_dim**-0.5
-        projected = projected.unflatten(-1, (self.num_heads, self.head_dim))  # (A, heads, head_dim)
-        key_weight = key_weight.unflatten(0, (self.num_heads, self.head_dim))
-        key_bias = key_bias.unflatten(0, (self.num_heads, self.head_dim))
-        carried = torch.einsum("ahc,hcd->had", projected, key_weight).flatten(0, 1)  # (heads * A, hidden)
-        offsets = torch.einsum("ahc,hc->ha", projected, key_bias)
-        scores = F.linear(tokens, carried).transpose(1, 2).unflatten(1, (self.num_heads, -1))
-        return scores + offsets[None, :, :, None]
-
-    def _values(self, weights: Tensor, tokens: Tensor) -> Tensor:
-        """(B, A, hidden): the heads' weighted sums of W_v x + b_v, side by side."""
-        value_weight = self.in_proj_weight.chunk(3)[2].unflatten(0, (self.num_heads, self.head_dim))
-        value_bias = self.in_proj_bias.chunk(3)[2].unflatten(0, (self.num_heads, self.head_dim))
-        pooled = torch.matmul(weights.flatten(1, 2), tokens).unflatten(1, (self.num_heads, -1))  # (B, heads, A, hidden)
-        values = torch.einsum("bhad,hcd->bahc", pooled, value_weight)
-        # Dropped weights no longer sum to one, so neither does the bias that they carry.
-        carried_bias = torch.einsum("bha,hc->bahc", weights.sum(dim=-1), value_bias)
-        return (values + carried_bias).flatten(2)
-
-
-# Models ----------------------------------------------------------------------------------------------------------
-
-
-class FVLMPreTrainedModel(PreTrainedModel):
-    """What both models share: initial weights and what they support."""
-
-    config: FVLMConfig
-    base_model_prefix = "fvlm"
-    input_modalities: tuple[str, ...] = ("image", "text")  # type: ignore[assignment]
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["FVLMVisionEmbeddings", "FVLMVisionLayer", "FVLMAnatomyPooling", "FVLMAnatomyHead"]  # noqa: RUF012
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, FVLMVisionEmbeddings):
-            init.trunc_normal_(module.position_embedding, std=module.initializer_range)
-        elif isinstance(module, FVLMAnatomyHead):
-            init.zeros_(module.query)  # the first step pools a plain mean, as in the release
-        elif isinstance(module, FVLMAnatomyPooling):
-            init.xavier_uniform_(module.in_proj_weight)
-            init.zeros_(module.in_proj_bias)
-        elif isinstance(module, FVLMModel):
-            init.constant_(module.logit_scale, module.config.logit_scale_init_value)
-
-
-class FVLMVisionModel(FVLMPreTrainedModel):
-    """The 3-D vision transformer alone: tokens of a CT volume.
-
-    Examples:
-        >>> model = FVLMVisionModel(FVLMVisionConfig(num_hidden_layers=1))
-        >>> model(pixel_values=torch.zeros(1, 1, 112, 256, 352)).last_hidden_state.shape
-        torch.Size([1, 1232, 768])
-    """
-
-    config: FVLMVisionConfig  # type: ignore[assignment]
-    base_model_prefix = "vision_model"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    _input_embed_layer = "patch_embedding"
-    _can_record_outputs = {"hidden_states": FVLMVisionLayer, "attentions": FVLMVisionAttention}  # noqa: RUF012
-
-    def __init__(self, config: FVLMVisionConfig) -> None:
-        super().__init__(config)
-        self.embeddings = FVLMVisionEmbeddings(config)
-        self.layers = nn.ModuleList([FVLMVisionLayer(config) for _ in range(config.num_hidden_layers)])
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.post_init()
-
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self,
-        pixel_values: Tensor,
-        feature_layers: Sequence[int] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> FVLMVisionOutput:
-        """Tokens of the volumes, and on request those of earlier blocks.
-
-        Args:
-            pixel_values: (B, channels, D, H, W) in [0, 1], each size a multiple of the patch. Positions are
-                interpolated where the grid is not that of the training crops.
-            feature_layers: 0-based blocks whose outputs, not layer-normed, are given back in `feature_levels`.
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
-
-        Raises:
-            ValueError: the shape is not as described, or there is no such block.
-        """
-        if any(not 0 <= index < len(self.layers) for index in feature_layers or ()):
-            raise ValueError(f"feature_layers {tuple(feature_layers or ())}: blocks are 0 to {len(self.layers) - 1}.")
-        hidden_states = self.embeddings(pixel_values)
-        levels = []
-        for index, layer in enumerate(self.layers):
-            hidden_states = layer(hidden_states, **kwargs)
-            if feature_layers is not None and index in feature_layers:
-                levels.append(hidden_states)
-        hidden_states = self.post_layernorm(hidden_states)
-        return FVLMVisionOutput(
-            last_hidden_state=hidden_states,
-            feature_levels=None if feature_layers is None else torch.stack([*levels, hidden_states], dim=1),
-        )
-
-
 class FVLMModel(FVLMPreTrainedModel):
     """fVLM: CT volumes and texts in one space, compared anatomy by anatomy.
 
@@ -452,6 +101,7 @@ class FVLMModel(FVLMPreTrainedModel):
 
     config: FVLMConfig
     main_input_name = "input_ids"
+    _keep_in_fp32_modules_strict = ["logit_scale"]  # noqa: RUF012 - in bfloat16 a scale is up to 1.6 % off
 
     def __init__(self, config: FVLMConfig) -> None:
         super().__init__(config)
@@ -469,6 +119,18 @@ class FVLMModel(FVLMPreTrainedModel):
         self.text_projection = nn.Linear(text_config.hidden_size, config.projection_dim)
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FVLMModel):
+            init.constant_(module.logit_scale, module.config.logit_scale_init_value)
+
+    # Same as in conceptclip.
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights; scalars stay in float32, see `_keep_in_fp32_modules_strict`."""
+        return next(one.dtype for one in self.parameters() if one.is_floating_point() and one.numel() != 1)
 
     def get_input_embeddings(self) -> nn.Module:
         """Word embeddings of the text tower."""
@@ -509,6 +171,7 @@ class FVLMModel(FVLMPreTrainedModel):
         self.config.anatomies = config.anatomies
 
     @can_return_tuple
+    @refuse_misspelt
     def get_text_features(
         self,
         input_ids: Tensor,
@@ -547,6 +210,7 @@ class FVLMModel(FVLMPreTrainedModel):
         )
 
     @can_return_tuple
+    @refuse_misspelt
     def get_image_features(
         self,
         pixel_values: Tensor,
@@ -581,6 +245,7 @@ class FVLMModel(FVLMPreTrainedModel):
         )
 
     @can_return_tuple
+    @refuse_misspelt
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -622,52 +287,53 @@ class FVLMModel(FVLMPreTrainedModel):
         """
         if input_ids is None and pixel_values is None:
             raise ValueError("Neither input_ids nor pixel_values came; give volumes, texts or both.")
-        image_outputs = text_outputs = anatomy_embeds = text_embeds = None
+        image_outputs = anatomy_embeds = anatomy_present = None
         if pixel_values is not None:
             image_outputs = self.get_image_features(
                 pixel_values, anatomy_mask, anatomy_token_mask, return_dict=True, **kwargs
             )
             anatomy_embeds = _normalize_exactly(image_outputs.pooler_output)
+            anatomy_present = image_outputs.anatomy_present
+
+        text_outputs = text_embeds = None
         if input_ids is not None:
             text_outputs = self.get_text_features(
                 input_ids, attention_mask, position_ids, token_type_ids, return_dict=True, **kwargs
             )
             text_embeds = _normalize_exactly(text_outputs.pooler_output)
 
-        anatomy_present = None if image_outputs is None else image_outputs.anatomy_present
-        logit_scale = self.logit_scale.exp()
-        logits = losses = None
-        if return_logits and anatomy_embeds is not None and text_embeds is not None:
-            with torch.autocast(anatomy_embeds.device.type, enabled=False):
-                logits = torch.matmul(anatomy_embeds, text_embeds.T) * logit_scale
+        logits, losses = {}, {}
+        if return_logits:
+            logits = self._logits(anatomy_embeds, text_embeds)
         if return_loss:
+            if is_complete is None and anatomy_mask is not None:
+                is_complete = ~touching_anatomies(anatomy_mask, self.config.num_anatomies)
             losses = self._losses(
-                anatomy_present,
-                anatomy_embeds,
-                text_embeds,
-                anatomy_mask,
-                is_complete,
-                is_abnormal,
-                text_index,
-                text_ids,
+                anatomy_embeds, text_embeds, anatomy_present, is_complete, is_abnormal, text_index, text_ids
             )
         return FVLMOutput(
-            loss=None if losses is None else losses.sum(),
-            anatomy_losses=losses,
-            logits_per_anatomy=logits,
+            **losses,
+            **logits,
             anatomy_embeds=anatomy_embeds,
             anatomy_present=anatomy_present,
             text_embeds=text_embeds,
-            logit_scale=logit_scale,
+            logit_scale=self.logit_scale.exp(),
             text_model_output=text_outputs,
             vision_model_output=image_outputs,
         )
+
+    def _logits(self, anatomy_embeds: Tensor | None, text_embeds: Tensor | None) -> dict[str, Tensor]:
+        """Every anatomy of every volume against every text."""
+        if anatomy_embeds is None or text_embeds is None:
+            return {}
+        with torch.autocast(anatomy_embeds.device.type, enabled=False):
+            return {"logits_per_anatomy": torch.matmul(anatomy_embeds, text_embeds.T) * self.logit_scale.exp()}
 
     def _token_mask(self, pixel_values: Tensor, anatomy_mask: Tensor | None, token_mask: Tensor | None) -> Tensor:
         """(B, A, P) bool from whichever mask came; raises where it does not belong to the volumes."""
         if (anatomy_mask is None) == (token_mask is None):
             raise ValueError("Exactly one of anatomy_mask and anatomy_token_mask must come with pixel_values.")
-        _check_pixel_values(pixel_values, self.vision_model.config.num_channels)
+        check_pixel_values(pixel_values, self.vision_model.config.num_channels)
         patch_size_dhw = self.vision_model.config.patch_size_dhw
         size_dhw = tuple(pixel_values.shape[2:])
         if anatomy_mask is not None:
@@ -698,16 +364,15 @@ class FVLMModel(FVLMPreTrainedModel):
 
     def _losses(
         self,
-        anatomy_present: Tensor | None,
         anatomy_embeds: Tensor | None,
         text_embeds: Tensor | None,
-        anatomy_mask: Tensor | None,
+        anatomy_present: Tensor | None,
         is_complete: Tensor | None,
         is_abnormal: Tensor | None,
         text_index: Tensor | None,
         text_ids: Tensor | None,
-    ) -> Tensor:
-        """(A,) losses of this batch alone."""
+    ) -> dict[str, Tensor]:
+        """The loss of each anatomy in this batch alone, (A,), and their sum."""
         if anatomy_present is None or anatomy_embeds is None or text_embeds is None:
             raise ValueError("The loss compares volumes with texts: pixel_values and input_ids must both come.")
         if text_index is None or is_abnormal is None:
@@ -716,11 +381,9 @@ class FVLMModel(FVLMPreTrainedModel):
         is_used = anatomy_present & (text_index >= 0)
         if is_complete is not None:
             is_used = is_used & is_complete.bool()
-        elif anatomy_mask is not None:
-            is_used = is_used & ~touching_anatomies(anatomy_mask, self.config.num_anatomies)
         # A row before the first text stands for "no text", -1; so an index beyond the last text finds no row at all.
         row = text_index + 1
-        return anatomy_alignment_loss(
+        losses = anatomy_alignment_loss(
             anatomy_embeds,
             F.pad(text_embeds, (0, 0, 1, 0))[row],
             self.logit_scale.exp(),
@@ -728,6 +391,7 @@ class FVLMModel(FVLMPreTrainedModel):
             is_abnormal=is_abnormal.bool(),
             is_used=is_used,
         )
+        return {"loss": losses.sum(), "anatomy_losses": losses}
 
 
 def _check_labels(
@@ -752,4 +416,4 @@ def _normalize_exactly(embeds: Tensor) -> Tensor:
     return F.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
 
 
-__all__ = ["FVLMModel", "FVLMPreTrainedModel", "FVLMVisionModel"]
+__all__ = ["FVLMAnatomyOutput", "FVLMModel", "FVLMOutput"]

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_fvlm import FVLMConfig
 from .modeling_fvlm import FVLMModel
+from .spelling_fvlm import refuse_misspelt
 
 NO_TARGET = -100  # label of a token that is not to be predicted: prompt and padding
 
@@ -151,6 +152,8 @@ class FVLMForReportGeneration(PreTrainedModel):
         """
         return False
 
+    dtype = FVLMModel.dtype
+
     def freeze_towers_(self) -> None:
         """Stop training everything but the projection. `requires_grad` is not saved: after loading, freeze again."""
         self.fvlm.requires_grad_(False)
@@ -180,7 +183,13 @@ class FVLMForReportGeneration(PreTrainedModel):
         """The layer that gives the language model's logits."""
         return self.language_model.get_output_embeddings()
 
+    # Same as in conceptclip.
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the layer that gives the language model's logits, as `resize_token_embeddings` does."""
+        self.language_model.set_output_embeddings(value)
+
     @can_return_tuple
+    @refuse_misspelt
     def forward(
         self,
         input_ids: Tensor,
