@@ -31,7 +31,7 @@ def main(command_line: list[str] | None = None) -> int:
         if options.output.exists():
             raise ValueError(f"{options.output} exists already. Name a new folder.")
         step = consolidate(options.checkpoint, options.output, empty_model)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     sys.stdout.write(f"{options.output}: the model after step {step}\n")

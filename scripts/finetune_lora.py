@@ -25,6 +25,7 @@ from medclip_hf.evaluation.classification import classification_figures
 from medclip_hf.evaluation.ct_zero_shot import CT_RATE_FINDINGS, Finding, embed_findings, score_scan
 from medclip_hf.evaluation.intervals import Interval, mean_with_interval
 from medclip_hf.evaluation.retrieval import hit_probability
+from medclip_hf.training import sharded
 from medclip_hf.training.arguments import RunArguments
 from medclip_hf.training.classification import (
     ClassificationObjective,
@@ -200,10 +201,8 @@ def zero_shot_fn(
     findings = prompted_findings(task, rows, dataset.anatomies)
     mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
 
-    def evaluate(model: torch.nn.Module, step: int) -> dict[str, float]:
-        values = validation_loss(model, dataset, collator, objective, arguments, accelerator)
-        if not findings:
-            return values
+    def score_mine(model: torch.nn.Module) -> torch.Tensor:
+        """Scores (N, F) of this process's scans."""
         asked = embed_findings(model, started.processor.tokenizer, findings, max_length=collator.max_length)
         scores = torch.full((len(mine), len(findings)), torch.nan)
         for place, row in enumerate(mine):
@@ -212,6 +211,14 @@ def zero_shot_fn(
             volume, ids = inputs["pixel_values"][0, 0], inputs["anatomy_mask"][0]
             found = score_scan(model, volume, ids, asked, window_size_dhw=dataset.size_dhw)
             scores[place] = torch.tensor([found[finding.name] for finding in findings])
+        return scores
+
+    def evaluate(model: torch.nn.Module, step: int) -> dict[str, float]:
+        values = validation_loss(model, dataset, collator, objective, arguments, accelerator)
+        if not findings:
+            return values
+        with sharded.gathered(model):  # processes have more or less to score
+            scores = score_mine(model)
         order, scores = gathered(torch.tensor(mine), scores, accelerator.device)
         names = [finding.name for finding in findings]
         labels = np.array([[dict(rows[row].labels).get(name, np.nan) for name in names] for row in order], float)

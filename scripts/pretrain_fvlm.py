@@ -48,6 +48,7 @@ from medclip_hf.training.distributed import gather_counts, gather_rows
 from medclip_hf.training.loop import EvaluateFn, TrainResult, train
 from medclip_hf.training.objectives import FVLMObjective
 from medclip_hf.training.scan_datasets import PUBLISHED_FLIP_PROBABILITY, ScanDataset
+from medclip_hf.training.sharded import gathered
 from medclip_hf.training.tokenizers import train_wordpiece_tokenizer
 
 logger = logging.getLogger("pretrain_fvlm")
@@ -309,7 +310,10 @@ def build_objective(loss: LossSection, model: FVLMModel, text_buckets: int) -> F
 def make_evaluate_fn(
     dataset: ScanDataset, processor: FVLMProcessor, section: ValidationSection, accelerator: Accelerator
 ) -> EvaluateFn:
-    """Zero-shot AUC of each finding and their mean, over labelled scans; every process scores its share."""
+    """Zero-shot AUC of each finding and their mean, over labelled scans; every process scores its share.
+
+    Shares and their windows differ in number, so a model in shards is gathered for it.
+    """
     rows = dataset.labelled_rows()
     if section.max_scans is not None:
         rows = [rows[i] for i in np.linspace(0, len(rows) - 1, min(section.max_scans, len(rows))).round().astype(int)]
@@ -317,7 +321,8 @@ def make_evaluate_fn(
     window = section.window_size_dhw or dataset.size_dhw
     mine = rows[accelerator.process_index :: accelerator.num_processes]
 
-    def evaluate(model: torch.nn.Module, step: int) -> dict[str, float]:
+    def score_mine(model: torch.nn.Module) -> torch.Tensor:
+        """Scores and labels (N, 2, F) of this process's scans; NaN where a scan cannot be read."""
         embeddings = embed_findings(model, processor.tokenizer, findings)
         scored = torch.full((len(mine), 2, len(findings)), torch.nan)
         for place, row in enumerate(mine):
@@ -329,6 +334,11 @@ def make_evaluate_fn(
             scores = score_scan(model, volume, mask, embeddings, protocol=section.protocol, window_size_dhw=window)
             labels = dict(row.labels)
             scored[place] = torch.tensor([[scores[f.name] for f in findings], [labels[f.name] for f in findings]])
+        return scored
+
+    def evaluate(model: torch.nn.Module, step: int) -> dict[str, float]:
+        with gathered(model):
+            scored = score_mine(model)
         device = accelerator.device
         scored = gather_rows(scored.to(device), [count for (count,) in gather_counts([len(mine)], device)]).cpu()
         areas = {finding.name: area_of(scored[:, :, place]) for place, finding in enumerate(findings)}

@@ -89,9 +89,21 @@ def _never_renamed(folder):
     folder.rename(folder.with_name(folder.name + ".tmp"))
 
 
+def _other_content(name, content=None):
+    def damage(folder):
+        file = folder / name
+        file.write_bytes(bytes(file.stat().st_size) if content is None else content)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
+        (_other_content("model.safetensors"), "model.safetensors no longer holds what was written"),
+        (_other_content("run_state.json"), "run_state.json no longer holds what was written"),
+        (_other_content("manifest.json", b"[]"), "manifest.json is not readable"),
+        (_other_content("manifest.json", b'{"files": 3}'), "manifest.json is not readable"),
         (_without_manifest, "has no manifest.json"),
         (_torn_manifest, "manifest.json is not readable"),
         (_cut_weights, "model.safetensors has .* bytes instead of"),

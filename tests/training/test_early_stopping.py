@@ -127,7 +127,8 @@ def test_validations_are_read_back_up_to_a_step(tmp_path):
         {"step": 4, "validation_auroc": None},
         {"step": 6, "validation_auroc": 0.7},
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cut_off = '{"step": 4, "validation_au'
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + cut_off)
     found = read_validations(tmp_path / "metrics.jsonl", "auroc", 4)
     assert found[0] == (2, 0.5)
     assert found[1][0] == 4

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from medclip_hf.training.faults import EXIT_CODE, LostProcessError, Watch, is_collective_error
-from medclip_hf.training.processes import meet
+from medclip_hf.training.processes import join_processes, meet
 
 COMMON = {"max_steps": 8, "batch_size_per_process": 4, "learning_rate": 1e-2, "checkpoint_every": 2, "log_every": 1}
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -178,6 +178,24 @@ def test_a_mixed_fleet_is_refused_before_anything_waits():
 def test_processes_that_do_not_arrive_are_named():
     with pytest.raises(ValueError, match=r"2 of 3 processes did not arrive within 0\.2 s: process 0, 2"):
         meet(dist.HashStore(), 1, 3, "a CPU", timeout_seconds=0.2)
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE=2 announces several processes, but LOCAL_RANK, MASTER_ADDR"),
+        ({"WORLD_SIZE": "2", "RANK": "5", "LOCAL_RANK": "0"}, "RANK=5 is no place among WORLD_SIZE=2 processes"),
+        ({"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0"}, "RANK=0 is no place among WORLD_SIZE=two processes"),
+    ],
+)
+def test_half_a_place_among_the_processes_is_refused_at_once(monkeypatch, places, message):
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"} if "LOCAL_RANK" in places else {}
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (places | address).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        join_processes(use_cpu=True, timeout_seconds=1)
 
 
 def test_an_error_of_a_process_itself_is_no_one_elses_fault():

@@ -129,6 +129,20 @@ def test_other_arguments_cannot_be_resumed(tiny, tmp_path):
         resume(tiny, tmp_path, learning_rate=0.1)
 
 
+def test_another_recipe_cannot_be_resumed_but_data_may_move(tiny, tmp_path):
+    def run(loss_weight, folder, **validation):
+        arguments = RunArguments(output_dir=str(tmp_path), max_steps=2, batch_size_per_process=4, progress_bar=False)
+        recipe = {"loss": {"weight": loss_weight}, "data": {"folder": folder, "crop": (0.5, 1.0)}, **validation}
+        return train(
+            tiny.new_model(), tiny.Numbers(), tiny.collate, tiny.Matching(), arguments, resume=True, recipe=recipe
+        )
+
+    run(0.5, "here")
+    assert run(0.5, "there", validation={"max_scans": 3}).status == "complete"
+    with pytest.raises(ValueError, match=r"written with another recipe: loss\.weight was 0\.5, is 0\.7\. Set"):
+        run(0.7, "here")
+
+
 def test_arguments_that_change_no_number_may_differ(tiny, tmp_path):
     resume(tiny, tmp_path)
     assert resume(tiny, tmp_path, log_every=1, keep_checkpoints=7, num_workers=1).status == "complete"
@@ -142,8 +156,10 @@ def test_other_rows_cannot_be_resumed(tiny, tmp_path):
 
 def test_another_number_of_processes_cannot_resume(tiny, tmp_path):
     resume(tiny, tmp_path)
-    state = tmp_path / "checkpoints" / "checkpoint-00000004" / "run_state.json"
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-00000004"
+    state, manifest = checkpoint / "run_state.json", checkpoint / "manifest.json"
     state.write_text(state.read_text().replace('"num_processes": 1', '"num_processes": 2'))
+    manifest.write_text(json.dumps({"files": json.loads(manifest.read_text())["files"]}))  # as before it had checksums
     with pytest.raises(ValueError, match="was written by 2 processes and cannot be continued by 1"):
         resume(tiny, tmp_path)
 

@@ -30,10 +30,13 @@ def wait_for(condition):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a child of its parent's end")
-def test_a_training_whose_launcher_is_killed_is_asked_to_stop(tmp_path):
+@pytest.mark.parametrize(
+    "environment", [{"ACCELERATE_MIXED_PRECISION": "no"}, {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "1"}]
+)
+def test_a_training_whose_launcher_is_killed_is_asked_to_stop(tmp_path, environment):
     ready, ended = tmp_path / "ready", tmp_path / "ended"
     command = [sys.executable, "-c", LAUNCHER, CHILD, str(Path(signals.__file__)), str(ready), str(ended)]
-    launcher = subprocess.Popen(command, env={"ACCELERATE_MIXED_PRECISION": "no"})
+    launcher = subprocess.Popen(command, env=environment)
     wait_for(ready.exists)
     launcher.kill()
     launcher.wait()

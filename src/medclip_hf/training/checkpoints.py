@@ -2,9 +2,9 @@
 
 A checkpoint is a folder `checkpoint-00000123` that `from_pretrained` loads, with the optimiser's moments
 (`optimizer.safetensors`), the random states of each process (`random_state-00000.safetensors`), the state of the run
-(`run_state.json`) and, written last, `manifest.json`: the size of every file. The folder carries the suffix `.tmp`
-until all of it is on the disk. A folder without a manifest, or whose files differ from it, is no checkpoint. Nothing is
-pickled.
+(`run_state.json`) and, written last, `manifest.json`: size and checksums of every file. The folder carries the suffix
+`.tmp` until all of it is on the disk. A folder without a manifest, or whose files differ from it, is no checkpoint.
+Nothing is pickled.
 """
 
 import json
@@ -13,8 +13,10 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,12 @@ _OWN_FILES = (_MANIFEST, _RUN_STATE, _OBJECTIVE, "random_state-")
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 _TRAINED_WEIGHTS = "trained_weights.safetensors"
+_PIECE_BYTES = 2**26  # of a file under one checksum, by one thread: zlib reads 1.7 GB/s
+_NUM_READERS = 8
+
+
+class UnwrittenError(OSError):
+    """Something of the run could not be written; the message says what, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class RunState:
         arguments: the run's arguments, by name.
         skipped_steps: steps left out because the loss was not finite.
         rows_set_aside: rows that could not be read, over all processes.
+        recipe: the run was started with, section by section.
     """
 
     step: int
@@ -60,6 +69,7 @@ class RunState:
     arguments: dict[str, Any]
     skipped_steps: int = 0
     rows_set_aside: int = 0
+    recipe: dict[str, Any] = field(default_factory=dict)
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
@@ -96,7 +106,7 @@ def save_checkpoint(
         whole: weights by name and moments as "moment/name", where model and optimizer hold parts of them.
 
     Raises:
-        OSError: any process could not write its part; all of them raise it, and earlier checkpoints are untouched.
+        UnwrittenError: any process could not write its part; all of them raise it. Earlier checkpoints are untouched.
     """
     final = checkpoint_path(output_dir, state.step)
     temporary = final.with_name(final.name + ".tmp")
@@ -142,13 +152,13 @@ def finish_checkpoint(writer: sharded.ShardWriter, final: Path, accelerator: Acc
     """Wait for the checkpoint that is written in the background; every process calls this.
 
     Raises:
-        OSError: any process could not write its part; all of them raise it.
+        UnwrittenError: any process could not write its part; all of them raise it.
     """
     together(writer.wait, final.with_name(final.name + ".tmp"), accelerator)
 
 
 def together(work: Callable[[], None], temporary: Path, accelerator: Accelerator) -> None:
-    """Do this process's part of what all write; where one fails, take the folder away and raise an OSError on all."""
+    """Do this process's part of what all write; where one fails, the folder goes, and all raise an UnwrittenError."""
     error: BaseException | None = None
     try:
         work()
@@ -161,14 +171,19 @@ def together(work: Callable[[], None], temporary: Path, accelerator: Accelerator
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
     reason = str(error) if error is not None else "another process could not write its part"
-    raise OSError(
+    raise UnwrittenError(
         f"{temporary.with_suffix('')} could not be written: {reason} ({num_failed} of {accelerator.num_processes} "
         "processes failed). Earlier checkpoints are untouched: free some space, then start again with --resume."
     ) from error
 
 
 def save_model(
-    folder: Path, model: torch.nn.Module, processor: Any = None, weights: dict[str, torch.Tensor] | None = None
+    folder: Path,
+    model: torch.nn.Module,
+    processor: Any = None,
+    weights: dict[str, torch.Tensor] | None = None,
+    *,
+    beside: Iterable[Path] = (),
 ) -> None:
     """Write model and processor into `folder` as a whole, replacing what was there; the main process calls this.
 
@@ -177,11 +192,15 @@ def save_model(
         model: unwrapped.
         processor: saved beside it, if given.
         weights: of a sharded model, from `sharded.whole_weights`; None: those of the model.
+        beside: files to copy, unless the model brings its own of that name.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     _save_pretrained(temporary, model, processor, weights)
+    for file in beside:
+        if not (temporary / file.name).exists():
+            shutil.copy2(file, temporary)
     for file in _files(temporary):
         _flush(file)
     _replace(temporary, folder)
@@ -190,22 +209,28 @@ def save_model(
 def find_checkpoint(output_dir: Path) -> Path | None:
     """The newest complete checkpoint of the run, None if there is none. Incomplete ones are reported by name."""
     for folder in reversed(_checkpoint_folders(output_dir)):
-        defect = find_defect(folder)
+        defect = find_defect(folder, in_content=True)
         if defect is None:
             return folder
         logger.warning("%s is ignored: %s.", folder, defect)
     return None
 
 
-def find_defect(folder: Path) -> str | None:
-    """Why the folder is no complete checkpoint; None if it is one."""
+def find_defect(folder: Path, *, in_content: bool = False) -> str | None:
+    """Why the folder is no complete checkpoint; None if it is one.
+
+    Args:
+        folder: to look at.
+        in_content: read all files, to see that they still hold what was written.
+    """
     if folder.suffix == ".tmp":
         return "it was only half written when the run ended"
     try:
-        sizes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        sizes, checksums = dict(manifest["files"]), dict(manifest.get("crc32", {}))
     except FileNotFoundError:
         return f"it has no {_MANIFEST}"
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         return f"its {_MANIFEST} is not readable ({error})"
     for name, size in sizes.items():
         file = folder / name
@@ -213,21 +238,32 @@ def find_defect(folder: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
-    return None
+    if not in_content:
+        return None
+    found = _checksums(folder, list(checksums))
+    changed = sorted(name for name, checksum in checksums.items() if found[name] != checksum)
+    return f"{changed[0]} no longer holds what was written (its checksum differs)" if changed else None
+
+
+def require_no_defect(folder: Path, defect: str | None) -> None:
+    """Raise a ValueError where a checkpoint that was asked for has a defect."""
+    if defect is not None:
+        raise ValueError(
+            f"{folder} cannot be resumed: {defect}. Give a complete checkpoint, or no path for the newest."
+        )
 
 
 def read_run_state(folder: Path) -> RunState:
     """The state of the run that wrote the checkpoint.
 
     Raises:
-        ValueError: the folder is no complete checkpoint.
+        ValueError: the folder is no complete checkpoint, or one of another version of this package.
     """
-    defect = find_defect(folder)
-    if defect is not None:
-        raise ValueError(
-            f"{folder} cannot be resumed: {defect}. Give a complete checkpoint, or no path for the newest."
-        )
-    return RunState(**json.loads((folder / _RUN_STATE).read_text(encoding="utf-8")))
+    require_no_defect(folder, find_defect(folder))
+    try:
+        return RunState(**json.loads((folder / _RUN_STATE).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / _RUN_STATE} is not a state that this version knows: {error}.") from error
 
 
 def restore_checkpoint(
@@ -273,15 +309,14 @@ def consolidate(checkpoint: Path, output: Path, make_model: Callable[[Path], Any
     Raises:
         ValueError: the checkpoint is not complete, not in shards, or of another model.
     """
+    require_no_defect(checkpoint, find_defect(checkpoint, in_content=True))
     step = read_run_state(checkpoint).step
     if not sharded.has_shards(checkpoint):
         raise ValueError(f"{checkpoint} is not in shards: from_pretrained loads it as it is.")
     model = make_model(checkpoint)
     sharded.restore_shards(checkpoint, model)
-    save_model(output, model)
-    for file in checkpoint.iterdir():
-        if file.is_file() and not file.name.startswith(_OWN_FILES) and not (output / file.name).exists():
-            shutil.copy2(file, output / file.name)
+    files = (file for file in checkpoint.iterdir() if file.is_file())
+    save_model(output, model, beside=[file for file in files if not file.name.startswith(_OWN_FILES)])
     return step
 
 
@@ -419,7 +454,12 @@ def _restore_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.opti
 def _restore_weights(folder: Path, model: Any) -> None:
     """Load the weights in place: all of them, or the trained ones where the rest never changes."""
     own = model.state_dict()
-    weights = {name: sharded.like(value, own.get(name, value)) for name, value in _read_weights(folder).items()}
+    whole = _read_weights(folder)
+    for name, value in whole.items():
+        if name in own and own[name].shape != value.shape:
+            shapes = f"{tuple(value.shape)}, but it is {tuple(own[name].shape)} here"
+            raise ValueError(f"the weights in {folder} are not those of this model: '{name}' is {shapes}.")
+    weights = {name: sharded.like(value, own.get(name, value)) for name, value in whole.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     needed = set(missing) - set(getattr(model, "all_tied_weights_keys", None) or ())
     if (folder / _TRAINED_WEIGHTS).is_file():
@@ -447,8 +487,25 @@ def _seal(temporary: Path, final: Path) -> None:
     for file in files:
         _flush(file)
     sizes = {file.relative_to(temporary).as_posix(): file.stat().st_size for file in files}
-    write_json(temporary / _MANIFEST, {"files": sizes})
+    write_json(temporary / _MANIFEST, {"files": sizes, "crc32": _checksums(temporary, list(sizes))})
     _replace(temporary, final)
+
+
+def _checksums(folder: Path, names: list[str]) -> dict[str, list[int]]:
+    """The checksums of files of the folder by name: one for each piece, several pieces at a time."""
+
+    def of_piece(piece: tuple[str, int]) -> int:
+        name, start = piece
+        with (folder / name).open("rb") as file:
+            file.seek(start)
+            return zlib.crc32(file.read(_PIECE_BYTES))
+
+    pieces = [(name, start) for name in names for start in range(0, (folder / name).stat().st_size, _PIECE_BYTES)]
+    checksums: dict[str, list[int]] = {name: [] for name in names}
+    with ThreadPoolExecutor(min(_NUM_READERS, os.cpu_count() or 1)) as readers:
+        for (name, _), checksum in zip(pieces, readers.map(of_piece, pieces), strict=True):
+            checksums[name].append(checksum)
+    return checksums
 
 
 def _replace(temporary: Path, final: Path) -> None:

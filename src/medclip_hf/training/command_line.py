@@ -5,12 +5,15 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from medclip_hf.training.arguments import RunArguments, build_sections, read_recipe
+from medclip_hf.training.checkpoints import UnwrittenError
+from medclip_hf.training.faults import LostProcessError
 from medclip_hf.training.launch import end, make_accelerator
 from medclip_hf.training.loop import TrainResult
 
@@ -22,7 +25,7 @@ RunFn = Callable[[dict[str, Any], dict[str, Any], bool | Path, Accelerator], Tra
 def train_by_recipe(
     description: str, sections: Mapping[str, type], run: RunFn, command_line: list[str] | None = None
 ) -> int:
-    """The exit code of a training script: that of its run, or 2 for a mistake in what was asked.
+    """The exit code of a training script: that of its run, 2 for a mistake in what was asked, 1 for a run that broke.
 
     Args:
         description: the script's docstring, shown by ``--help``.
@@ -40,11 +43,16 @@ def train_by_recipe(
         accelerator = make_accelerator(arguments)
         if not accelerator.is_main_process:
             logging.getLogger().setLevel(logging.ERROR)
-        result = run(recipe, filled, options.resume, accelerator)
+        whole_recipe = {name: asdict(section) for name, section in filled.items()}  # with what it leaves to defaults
+        result = run(whole_recipe, filled, options.resume, accelerator)
     except ValueError as error:
         logger.debug("where it was found", exc_info=True)
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except (UnwrittenError, LostProcessError, FloatingPointError) as error:  # they tell what happened and what to do
+        logger.debug("where it happened", exc_info=True)
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     end(accelerator)
     if accelerator.is_main_process:
         sys.stdout.write(_summary(result, arguments))

@@ -53,7 +53,10 @@ def read_validations(metrics_path: Path, metric: str, last_step: int) -> list[tu
         return []
     found = []
     for line in metrics_path.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the last line, cut off where the run died
+            continue
         if entry["step"] <= last_step and f"validation_{metric}" in entry:
             value = entry[f"validation_{metric}"]
             found.append((int(entry["step"]), math.nan if value is None else float(value)))

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -30,6 +30,7 @@ from medclip_hf.training.launch import end, make_accelerator
 from medclip_hf.training.optimization import learning_rate_at, make_optimizer, set_learning_rate
 from medclip_hf.training.processes import shared_store
 from medclip_hf.training.run_record import RunRecord
+from medclip_hf.training.same_run import check_continues, check_processes_agree, check_rows
 from medclip_hf.training.sampling import EpochBatchSampler, steps_per_epoch
 from medclip_hf.training.signals import STOPPING, StopRequest, ignore_stop_signals
 
@@ -38,24 +39,6 @@ logger = logging.getLogger(__name__)
 FINAL_MODEL = "final"
 _MAX_SKIPPED_IN_A_ROW = 10
 _MAX_NAMED_ROWS = 20
-# May differ between a run and its continuation: they do not change what is computed.
-_FREE_ON_RESUME = {
-    "output_dir",
-    "num_workers",
-    "log_every",
-    "evaluate_every",
-    "best_metric",
-    "best_metric_mode",
-    "early_stopping_patience",
-    "early_stopping_min_improvement",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "trackers",
-    "progress_bar",
-    "num_processes",
-    "on_nonfinite_loss",
-    "timeout_seconds",
-}
 
 
 class MapDataset(Protocol):
@@ -125,16 +108,18 @@ def train(
         ValueError: an output folder that already holds a run, a checkpoint that is not of this run, too few rows.
         FloatingPointError: the loss or its gradient is not finite.
         LostProcessError: another process is dead, has failed, or did not come in time; it is named.
-        OSError: a checkpoint could not be written.
+        UnwrittenError: a checkpoint or another file of the run could not be written.
     """
     own_accelerator = make_accelerator(arguments) if accelerator is None else None
     accelerator = accelerator or own_accelerator
     assert accelerator is not None
     rank, num_processes, timeout = accelerator.process_index, accelerator.num_processes, arguments.timeout_seconds
     with faults.Watch(shared_store(), rank, num_processes, timeout_seconds=timeout) as watch:
-        run = _Run(model, dataset, collator, objective, arguments, accelerator, processor, evaluate_fn, watch)
+        run = _Run(
+            model, dataset, collator, objective, arguments, accelerator, processor, evaluate_fn, recipe or {}, watch
+        )
         try:
-            run.prepare(resume, recipe or {})
+            run.prepare(resume)
             with StopRequest() as stop:
                 result = run.finish(run.steps(stop))
         except BaseException as error:
@@ -164,6 +149,7 @@ class _Run:
         accelerator: Accelerator,
         processor: Any,
         evaluate_fn: EvaluateFn | None,
+        recipe: Mapping[str, Any],
         watch: faults.Watch,
     ) -> None:
         self.unwrapped = model
@@ -175,16 +161,9 @@ class _Run:
         self.processor = processor
         self.evaluate_fn = evaluate_fn
         self.watch = watch
+        self.recipe = recipe
         self.output_dir = Path(arguments.output_dir)
-        if len(dataset) < accelerator.num_processes:
-            raise ValueError(
-                f"the training split has {len(dataset)} rows, which {accelerator.num_processes} processes cannot "
-                "share. Start fewer processes."
-            )
-        self.steps_per_epoch = steps_per_epoch(
-            len(dataset), arguments.batch_size_per_process, accelerator.num_processes
-        )
-        self.max_steps = arguments.max_steps or int(arguments.num_epochs or 0) * self.steps_per_epoch
+        self.steps_per_epoch = self.max_steps = 0
         self.step = self.first_step = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
@@ -196,8 +175,9 @@ class _Run:
         self.writer: sharded.ShardWriter | None = None
         self.unfinished: Path | None = None  # the checkpoint being written in the background
 
-    def prepare(self, resume: bool | str | Path, recipe: Mapping[str, Any]) -> None:
+    def prepare(self, resume: bool | str | Path) -> None:
         """Bring the model to its device, and the run to where it starts."""
+        self._plan_steps()
         if self.arguments.best_metric is not None and self.evaluate_fn is None:
             raise ValueError(
                 f"training.best_metric={self.arguments.best_metric} needs a validation, and this run has none. Name a "
@@ -218,7 +198,7 @@ class _Run:
         if plan is not None:  # it cuts weights and moments as it finds them
             self.model = zero.cut(self.unwrapped, self.optimizer, plan, self.arguments, self.accelerator)
         self.record = RunRecord(
-            self.output_dir, self.accelerator, {"arguments": asdict(self.arguments), "recipe": recipe}
+            self.output_dir, self.accelerator, {"arguments": asdict(self.arguments), "recipe": self.recipe}
         )
         if self.arguments.best_metric is not None and checkpoint is not None:
             metric = self.arguments.best_metric
@@ -347,7 +327,7 @@ class _Run:
             with zero.editing(self.model, only="logit_scale") if is_engine else contextlib.nullcontext():
                 self.unwrapped.clamp_logit_scales_()
         if isinstance(self.objective, StatefulObjective):
-            with zero.reading(self.model) if is_engine else sharded.gathered(self.unwrapped):
+            with sharded.gathered(self.unwrapped):
                 self.objective.after_step(self.unwrapped)
 
     def _whole_weights(self) -> dict[str, torch.Tensor] | None:
@@ -461,10 +441,14 @@ class _Run:
         if self._progress().best_step != self.step:
             return
         weights = self._whole_weights()
-        if self.accelerator.is_main_process:
-            path = early_stopping.best_model_path(self.output_dir, self.step)
-            path.parent.mkdir(exist_ok=True)
-            checkpoints.save_model(path, self.unwrapped, self.processor, weights)
+        path = early_stopping.best_model_path(self.output_dir, self.step)
+
+        def write() -> None:
+            if self.accelerator.is_main_process:
+                path.parent.mkdir(exist_ok=True)
+                checkpoints.save_model(path, self.unwrapped, self.processor, weights)
+
+        checkpoints.together(write, path.with_name(f"{path.name}.tmp"), self.accelerator)
 
     def _save_final_model(self, model_path: Path, weights: dict[str, torch.Tensor] | None) -> None:
         """The model of the best validation, or that of the last step; written by the main process."""
@@ -495,6 +479,7 @@ class _Run:
             arguments=asdict(self.arguments),
             skipped_steps=self.skipped_steps,
             rows_set_aside=self.rows_set_aside,
+            recipe=dict(self.recipe),
         )
         path = checkpoints.save_checkpoint(
             self.output_dir,
@@ -524,12 +509,23 @@ class _Run:
             checkpoints.finish_checkpoint(self.writer, self.unfinished, self.accelerator)
             self.unfinished = None
 
+    def _plan_steps(self) -> None:
+        """How many steps the rows give, once all processes agree on them."""
+        num_processes, batch_size = self.accelerator.num_processes, self.arguments.batch_size_per_process
+        check_processes_agree(len(self.dataset), self.arguments, self.recipe, self.accelerator)
+        check_rows(len(self.dataset), num_processes)
+        self.steps_per_epoch = steps_per_epoch(len(self.dataset), batch_size, num_processes)
+        self.max_steps = self.arguments.max_steps or int(self.arguments.num_epochs or 0) * self.steps_per_epoch
+
     def _checkpoint_to_resume(self, resume: bool | str | Path) -> Path | None:
-        """Where to continue from. All processes look before the first of them may write."""
-        if resume is True or resume is False:
-            found = checkpoints.find_checkpoint(self.output_dir)
-        else:
-            found = Path(resume)
+        """Where to continue from: the main process looks, before it writes, and tells the others."""
+        looked: list[Any] = [None if isinstance(resume, bool) else Path(resume), None]
+        if self.accelerator.is_main_process and looked[0] is None:
+            looked[0] = checkpoints.find_checkpoint(self.output_dir)
+        elif self.accelerator.is_main_process:
+            looked[1] = checkpoints.find_defect(looked[0], in_content=True)
+        found, defect = broadcast_object_list(looked)
+        checkpoints.require_no_defect(found, defect)
         if resume is False and found is not None:
             raise ValueError(
                 f"{self.output_dir} already holds a run ({found.name}). Resume it, or choose another "
@@ -543,8 +539,9 @@ class _Run:
     def _restore(self, checkpoint: Path) -> None:
         """Put the run where the checkpoint left it."""
         state = checkpoints.read_run_state(checkpoint)
-        self._check_same_run(checkpoint, state)
-        is_same_world = state.num_processes == self.accelerator.num_processes
+        num_processes = self.accelerator.num_processes
+        check_continues(checkpoint, state, len(self.dataset), self.arguments, self.recipe, num_processes)
+        is_same_world = state.num_processes == num_processes
         checkpoints.restore_checkpoint(
             checkpoint,
             self.unwrapped,
@@ -560,53 +557,12 @@ class _Run:
                 "rounding differ from a run that was never stopped",
                 checkpoint,
                 state.num_processes,
-                self.accelerator.num_processes,
+                num_processes,
             )
         if isinstance(self.objective, StatefulObjective):
             self.objective.load_state_dict(checkpoints.load_objective_state(checkpoint))
         self.step = self.first_step = self.saved_step = state.step
         self.skipped_steps, self.rows_set_aside = state.skipped_steps, state.rows_set_aside
-
-    def _check_same_run(self, checkpoint: Path, state: RunState) -> None:
-        """Raise a ValueError where continuing would not give what the uninterrupted run gives."""
-        if state.num_rows != len(self.dataset):
-            raise ValueError(
-                f"{checkpoint} was trained on {state.num_rows} rows, but the training split now has "
-                f"{len(self.dataset)}. Start a new run from the checkpoint's weights."
-            )
-        now = asdict(self.arguments)
-        free = _FREE_ON_RESUME
-        if state.num_processes != self.accelerator.num_processes:
-            _check_global_batch(checkpoint, state, self.accelerator.num_processes, self.arguments)
-            free = free | {"batch_size_per_process", "micro_batch_size"}
-        changed = {
-            name: (old, now.get(name))
-            for name, old in state.arguments.items()
-            if name not in free and _plain(now.get(name)) != _plain(old)
-        }
-        if changed:
-            told = "; ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
-            raise ValueError(
-                f"{checkpoint} was written with other arguments: {told}. Set them back to resume, or start a new run "
-                "from the checkpoint's weights."
-            )
-
-
-def _check_global_batch(checkpoint: Path, state: RunState, num_processes: int, arguments: RunArguments) -> None:
-    """Raise a ValueError where another number of processes would see other rows at each step."""
-    before = state.arguments["batch_size_per_process"] * state.num_processes
-    if arguments.batch_size_per_process * num_processes == before:
-        return
-    cure = (
-        f"Set training.batch_size_per_process={before // num_processes}"
-        if before % num_processes == 0
-        else f"Launch a number of processes that divides {before}"
-    )
-    raise ValueError(
-        f"{checkpoint} was written by {state.num_processes} processes and cannot be continued by {num_processes} with "
-        f"{arguments.batch_size_per_process} rows each: its global batch is {before} rows. {cure}, or start a new run "
-        "from the checkpoint's weights."
-    )
 
 
 def _make_output_dir(output_dir: Path, accelerator: Accelerator) -> None:
@@ -662,8 +618,3 @@ def _rows_not_finite(batch: Batch) -> list[str]:
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else value

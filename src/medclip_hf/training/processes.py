@@ -24,11 +24,10 @@ def join_processes(use_cpu: bool, timeout_seconds: float) -> None:
         timeout_seconds: how long a collective operation waits for the others.
 
     Raises:
-        ValueError: processes that did not arrive, or that do not compute on the same kind of device.
+        ValueError: a launch that says half of what it has to, processes that did not arrive, or that do not compute on
+            the same kind of device.
     """
-    if any(name not in os.environ for name in _LAUNCHED) or int(os.environ["WORLD_SIZE"]) == 1:
-        return
-    if dist.is_initialized():
+    if not _is_one_of_several() or dist.is_initialized():
         return
     store, rank, num_processes = next(iter(rendezvous("env://", timeout=timedelta(seconds=_ARRIVAL_SECONDS))))
     # torchrun keeps one store over its restarts: what the processes before left in it leads nowhere
@@ -42,6 +41,25 @@ def join_processes(use_cpu: bool, timeout_seconds: float) -> None:
         timeout=timedelta(seconds=timeout_seconds),
     )
     _shared[:] = [dist.PrefixStore("watch", store)]
+
+
+def _is_one_of_several() -> bool:
+    """Whether the environment gives this process a place among several; half a place is refused."""
+    num_processes, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+    if num_processes == "1":
+        return False
+    missing = [name for name in _LAUNCHED if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE={num_processes} announces several processes, but {', '.join(missing)} is not set. Start them "
+            "by torchrun or accelerate launch, which set it all, or unset WORLD_SIZE for a single one."
+        )
+    if not (rank.isdecimal() and num_processes.isdecimal() and int(rank) < int(num_processes)):
+        raise ValueError(
+            f"RANK={rank} is no place among WORLD_SIZE={num_processes} processes, which count from 0. Look at what "
+            "started this one."
+        )
+    return True
 
 
 def shared_store() -> dist.Store | None:

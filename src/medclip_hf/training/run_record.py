@@ -5,7 +5,8 @@ import math
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from medclip_hf.training.checkpoints import write_json
+from medclip_hf.training.checkpoints import UnwrittenError, write_json
 
 _PACKAGES = ("medclip-hf", "torch", "transformers", "tokenizers", "accelerate", "datasets", "safetensors", "numpy")
 
@@ -33,7 +34,7 @@ class RunRecord:
     """
 
     def __init__(self, output_dir: Path, accelerator: Accelerator, content: Mapping[str, Any]) -> None:
-        self.is_main = accelerator.is_main_process
+        self.is_main, self.num_processes = accelerator.is_main_process, accelerator.num_processes
         self.run_path = output_dir / "run.json"
         self.metrics_path = output_dir / "metrics.jsonl"
         self.set_aside_path = output_dir / "set_aside" / f"rank-{accelerator.process_index:05d}.jsonl"
@@ -47,31 +48,43 @@ class RunRecord:
 
     def start(self, step: int, is_resumed: bool = False) -> None:
         """Open the files; what an earlier start logged after `step` is removed, since it will be done again."""
-        self.set_aside_path.parent.mkdir(parents=True, exist_ok=True)
-        _keep_lines_until(self.set_aside_path, step)
+        with _told(self.set_aside_path):
+            self.set_aside_path.parent.mkdir(parents=True, exist_ok=True)
+            _keep_lines_until(self.set_aside_path, step)
         if self.is_main:
-            _keep_lines_until(self.metrics_path, step)
+            with _told(self.metrics_path):
+                _keep_lines_until(self.metrics_path, step)
+                for path in self._of_more_processes():
+                    _keep_lines_until(path, step)
             starts = _earlier_starts(self.run_path) if is_resumed else []
             self.content["starts"] = [*starts, {"from_step": step, "started": _now()}]
             self.set_status("running", step)
+
+    def _of_more_processes(self) -> list[Path]:
+        """What an earlier start with more processes than now has set aside."""
+        files = self.set_aside_path.parent.glob("rank-*.jsonl")
+        return sorted(path for path in files if int(path.stem.partition("-")[2]) >= self.num_processes)
 
     def set_status(self, status: str, step: int) -> None:
         """Note where the run stands: "running", "complete", "interrupted" or "failed"."""
         if self.is_main:
             self.content["starts"][-1] |= {"status": status, "to_step": step, "seen": _now()}
-            write_json(self.run_path, {"status": status, "step": step, **self.content})
+            with _told(self.run_path):
+                write_json(self.run_path, {"status": status, "step": step, **self.content})
 
     def add_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to `metrics.jsonl`."""
         if self.is_main:
             # JSON has no NaN
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            _append(self.metrics_path, [{"step": step, **finite}])
+            with _told(self.metrics_path):
+                _append(self.metrics_path, [{"step": step, **finite}])
 
     def add_set_aside(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append the rows that this process left out of its batch, with the reason of each."""
         if rows:
-            _append(self.set_aside_path, [{"step": step, **row} for row in rows])
+            with _told(self.set_aside_path):
+                _append(self.set_aside_path, [{"step": step, **row} for row in rows])
 
 
 def package_versions() -> dict[str, str]:
@@ -121,6 +134,18 @@ def _earlier_starts(path: Path) -> list[dict[str, Any]]:
         return list(json.loads(path.read_text(encoding="utf-8"))["starts"])
     except (OSError, ValueError, KeyError):
         return []
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Has an error of the disk say which file it is about, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UnwrittenError(
+            f"{path} could not be written: {error}. Checkpoints are untouched: free some space, then start again with "
+            "--resume."
+        ) from error
 
 
 def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -71,9 +71,8 @@ def shard(model: Any, accelerator: Accelerator) -> Any:
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     offload = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
     common: dict[str, Any] = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
-    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
     for block in (block for tower in towers_of(model) for block in tower):
-        fully_shard(block, reshard_after_forward=reshard, **common)
+        fully_shard(block, reshard_after_forward=_cuts_after_forward(), **common)
     fully_shard(model, **common)
     return accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
@@ -107,15 +106,26 @@ def own_class(model: Any) -> Iterator[None]:
 
 @contextmanager
 def gathered(model: Any) -> Iterator[None]:
-    """While entered, every process holds all parameters whole, for reading."""
+    """While entered, every process holds all parameters whole, for reading, and for forward passes of its own.
+
+    Without it a forward pass gathers parameters from all processes: they have to call the model equally often.
+    """
+    if zero.is_cut(model):
+        with zero.gathered(model):
+            yield
+        return
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.unshard()
+        if unit is not model:
+            unit.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
         for unit in units:
             unit.reshard()
+            if unit is not model:
+                unit.set_reshard_after_forward(_cuts_after_forward(), recurse=False)
 
 
 def like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -124,6 +134,11 @@ def like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return value
     cut = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
     return cut.to(target.device)  # shards kept in the memory of the machine belong to a mesh of GPUs all the same
+
+
+def _cuts_after_forward() -> bool:
+    """Whether a block that was gathered for the forward pass is gathered once more for the backward pass."""
+    return os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
 
 
 class ShardWriter:

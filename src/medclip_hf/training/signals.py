@@ -44,13 +44,15 @@ class StopRequest:
 
 
 def stop_with_launcher() -> None:
-    """Ask the system for a SIGTERM when `accelerate launch` ends before this process does.
+    """Ask the system for a SIGTERM when the launcher of a single process ends before it does.
 
-    For a single process it waits for it but passes no signal on: whoever stops the launcher would leave a training
-    behind that nobody watches. Launchers of several processes do pass signals on. Linux alone has this.
+    `accelerate launch` waits for it but passes no signal on, and a launcher that is killed cannot: the training would
+    stay behind, and nobody watches it. Several processes notice by themselves that a launcher is gone. Linux alone has
+    this.
     """
-    is_only_child = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ
-    if is_only_child and sys.platform == "linux":
+    is_accelerates = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ
+    is_torchruns = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") == "1"
+    if (is_accelerates or is_torchruns) and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -24,6 +24,7 @@ from medclip_hf.training.arguments import RunArguments
 _LAUNCHED_FOR = "ACCELERATE_USE_DEEPSPEED"
 _PREFIX = "ACCELERATE_DEEPSPEED_"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_GATHERED = -1  # in place of a module's number: while one uses a parameter, the end of a forward pass does not cut it
 
 
 @dataclass(frozen=True)
@@ -164,13 +165,25 @@ def editing(engine: Any, *, only: str) -> Iterator[None]:
         _set(parameter, value)  # in the copy that the optimiser updates
 
 
+def is_cut(model: torch.nn.Module) -> bool:
+    """Whether the parameters of a model, without its engine, are cut among the processes: stage 3."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 @contextmanager
-def reading(engine: Any) -> Iterator[None]:
-    """While entered, every process holds all parameters whole, for reading."""
+def gathered(model: Any) -> Iterator[None]:
+    """While entered, every process holds all parameters whole; see `sharded.gathered`."""
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        yield
+    parameters = list(model.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):
+        for parameter in parameters:
+            parameter.ds_active_sub_modules.add(_GATHERED)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.discard(_GATHERED)
 
 
 def whole_weights(engine: Any) -> dict[str, torch.Tensor]:
