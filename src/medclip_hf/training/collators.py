@@ -168,12 +168,9 @@ class ScanCollator:
     def _window(self, images: list[np.ndarray]) -> torch.Tensor:
         """As the processor does it; Hounsfield units were checked when the scans were prepared."""
         low, high = self.processor.image_processor.hu_min, self.processor.image_processor.hu_max
-        scaled = empty_batch((len(images), 1, *self.size_dhw), np.float32)
-        for targets, image in zip(scaled[:, 0].numpy(), images, strict=True):
-            for target, source in zip(targets, image, strict=True):  # slice by slice, which the processor's cache holds
-                np.subtract(source, np.float32(low), out=target, dtype=np.float32)
-                np.divide(target, np.float32(high - low), out=target)
-                np.clip(target, 0.0, 1.0, out=target)
+        scaled = _stacked(images, self.size_dhw, np.float32).unsqueeze(1)
+        for values in scaled.flatten(0, 2):  # slice by slice, which the processor's cache holds
+            values.sub_(low).div_(high - low).clamp_(0, 1)
         return scaled
 
     def _encode(self, scans: list[ScanExample]) -> dict[str, Any]:

@@ -237,11 +237,13 @@ def bounding_box(
     The margin counts from the outermost voxel on either side, as published; so the upper side, whose end is exclusive,
     gains one voxel less.
     """
+    plane = mask.max(axis=0)
+    lines = (mask.max(axis=(1, 2)), plane.max(axis=1), plane.max(axis=0))
     bounds = []
-    for axis, margin in enumerate(margin_voxels_dhw):
-        occupied = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+    for line, margin in zip(lines, margin_voxels_dhw, strict=True):
+        occupied = np.flatnonzero(line)
         start, last = int(occupied[0]), int(occupied[-1])
-        bounds.append((max(0, start - margin), min(mask.shape[axis], max(last + margin, last + 1))))
+        bounds.append((max(0, start - margin), min(len(line), max(last + margin, last + 1))))
     depth, height, width = bounds
     return depth, height, width
 

@@ -202,11 +202,12 @@ class FVLMImageProcessor(BaseImageProcessor):
 
     def _anatomy_window(self, mask: np.ndarray) -> tuple[slice, slice, slice]:
         """The box around all anatomies with the published margins, inside the volume."""
+        plane = mask.max(axis=0)
+        lines = (mask.max(axis=(1, 2)), plane.max(axis=1), plane.max(axis=0))
         slices = []
-        for axis, margin in enumerate(self.crop_margin_dhw):
-            others = tuple(other for other in range(3) if other != axis)
-            places = np.flatnonzero(mask.any(axis=others))
-            slices.append(slice(max(0, places[0] - margin), min(mask.shape[axis], places[-1] + max(margin, 1))))
+        for line, margin in zip(lines, self.crop_margin_dhw, strict=True):
+            places = np.flatnonzero(line)
+            slices.append(slice(max(0, places[0] - margin), min(len(line), places[-1] + max(margin, 1))))
         return slices[0], slices[1], slices[2]
 
     def _batch(
@@ -225,10 +226,12 @@ class FVLMImageProcessor(BaseImageProcessor):
                 f"The volumes have {size} voxels, no multiple of the patch {tuple(self.patch_size_dhw)}. Leave do_pad "
                 "on."
             )
-        pixel_values = np.zeros((len(pairs), 1, *size), dtype=np.float32)
-        anatomy_mask = np.zeros((len(pairs), *size), dtype=np.uint8)
+        pixel_values = np.empty((len(pairs), 1, *size), dtype=np.float32)
+        anatomy_mask = np.empty((len(pairs), *size), dtype=np.uint8)
         for index, ((volume, mask), (_, start)) in enumerate(zip(pairs, padded, strict=True)):
             place = tuple(slice(first, first + length) for first, length in zip(start, volume.shape, strict=True))
+            if volume.shape != size:
+                pixel_values[index], anatomy_mask[index] = 0, 0
             inside = pixel_values[index, 0][place]
             if do_window:
                 self._window_into(inside, volume)
@@ -251,14 +254,9 @@ class FVLMImageProcessor(BaseImageProcessor):
 
     def _window_into(self, scaled: np.ndarray, volume: np.ndarray) -> None:
         """Hounsfield units to [0, 1], float32; all steps of a slice are done while it lies in the processor's cache."""
-        width = np.float32(self.hu_max - self.hu_min)
-        scratch = np.empty(volume.shape[1:], dtype=np.float32)
-        for target, source in zip(scaled, volume, strict=True):
-            np.subtract(source, np.float32(self.hu_min), out=scratch, dtype=np.float32, casting="same_kind")
-            np.divide(scratch, width, out=scratch)
-            np.maximum(scratch, 0, out=scratch)
-            np.minimum(scratch, 1, out=scratch)
-            target[...] = scratch
+        for target, values, source in zip(scaled, torch.from_numpy(scaled), volume, strict=True):
+            target[...] = source  # by NumPy, which takes any type, byte order and layout
+            values.sub_(self.hu_min).div_(self.hu_max - self.hu_min).clamp_(0, 1)
 
 
 # Same rule as in data/ct/geometry.py, which cannot be imported here: this file travels to the Hub.
