@@ -5,6 +5,7 @@ import itertools
 import nibabel
 import numpy as np
 import pytest
+from scipy.ndimage import map_coordinates
 
 from medclip_hf.data.ct.geometry import oriented_volume, resample
 from medclip_hf.explain.nifti_export import Grid, grid_of, map_on_grid, patch_grid_affine, write_map_nifti
@@ -73,6 +74,24 @@ def test_patches_cover_their_voxels_and_nothing_else():
     expected = np.full((6, 10, 10), -1.0)
     expected[1:5, 1:9, 1:9] = patches.repeat(2, 0).repeat(4, 1).repeat(4, 2)
     assert np.array_equal(on_grid, expected)
+
+
+@pytest.mark.parametrize(
+    ("order", "signs"), [((0, 1, 2), (1, 1, 1)), ((1, 2, 0), (-1, 1, -1)), ((2, 1, 0), (1, -1, 1))]
+)
+@pytest.mark.parametrize("nearest", [False, True])
+def test_axes_that_run_alike_are_filled_one_by_one_as_all_at_once(order, signs, nearest):
+    values = np.random.default_rng(0).random((3, 4, 5)).astype(np.float32)
+    grid = Grid((12, 10, 9), rotated_affine(order, signs, spacing=(1.0, 1.3, 1.7)))
+    map_affine = rotated_affine(spacing=(4.0, 3.0, 2.5))
+    map_affine[:3, 3] = (grid.affine @ [6.2, 5.1, 4.3, 1])[:3] - map_affine[:3, :3] @ [2.0, 1.5, 1.0]
+    voxels = np.stack(np.meshgrid(*map(np.arange, grid.shape_xyz), [1], indexing="ij"))[..., 0].reshape(4, -1)
+    places = (np.linalg.inv(map_affine) @ grid.affine @ voxels)[2::-1]
+    is_inside = ((places >= -0.5) & (places <= np.array(values.shape)[:, None] - 0.5)).all(axis=0)
+    expected = np.where(is_inside, map_coordinates(values, places, order=0 if nearest else 1, mode="nearest"), -1.0)
+    found = map_on_grid(values, map_affine, grid, outside=-1.0, nearest=nearest)
+    assert 0 < is_inside.sum() < is_inside.size
+    assert found == pytest.approx(expected.reshape(grid.shape_xyz), abs=1e-6)
 
 
 def test_no_text_of_the_scans_header_comes_along(tmp_path):

@@ -153,7 +153,7 @@ def plan_windows(
             f"anatomy_mask must be a volume (depth, height, width) of integer ids, but {anatomy_mask.dtype} of shape "
             f"{anatomy_mask.shape} came."
         )
-    boxes = _anatomy_boxes(anatomy_mask, num_anatomies)
+    boxes = anatomy_boxes(anatomy_mask, num_anatomies)
     depth, height, width = anatomy_mask.shape
     shape = (depth, height, width)
     if protocol == "published":
@@ -166,8 +166,12 @@ def plan_windows(
 Box = tuple[tuple[int, int], ...]  # (first, last) voxel along each axis
 
 
-def _anatomy_boxes(anatomy_mask: NDArray[Any], num_anatomies: int) -> dict[int, Box]:
-    """The box of each anatomy that occurs, by its place.
+def anatomy_boxes(anatomy_mask: NDArray[Any], num_anatomies: int) -> dict[int, Box]:
+    """The box of each anatomy that occurs, by its place: (first, last) voxel along each axis.
+
+    Args:
+        anatomy_mask: (D, H, W) integer ids, 0 = background, i + 1 = anatomy i.
+        num_anatomies: larger ids are passed over.
 
     Found from where runs of equal voxels along the last axis begin and end, of which there are a hundred times fewer
     than voxels.
@@ -343,8 +347,16 @@ def embed_scan(
             f"volume and anatomy_mask must be (depth, height, width) on one grid, but shapes {tuple(volume.shape)} and "
             f"{tuple(anatomy_mask.shape)} came. Take one entry of what the processor gives, without the channel."
         )
-    patch_size_dhw = tuple(model.config.vision_config.patch_size_dhw)
     windows = plan_windows(anatomy_mask.cpu().numpy(), model.config.num_anatomies, protocol, window_size_dhw)
+    return embed_windows(model, volume, anatomy_mask, windows, batch_size=batch_size)
+
+
+@torch.no_grad()
+def embed_windows(
+    model: Any, volume: Tensor, anatomy_mask: Tensor, windows: Sequence[Window], *, batch_size: int = 4
+) -> Tensor:
+    """What `embed_scan` gives, of windows that are planned already; arguments as there."""
+    patch_size_dhw = tuple(model.config.vision_config.patch_size_dhw)
     embeds = torch.full((model.config.num_anatomies, model.config.projection_dim), torch.nan, device=model.device)
     by_size: dict[Size, list[Window]] = {}
     for window in windows:

@@ -224,6 +224,7 @@ class _Kept:
         self._parts: list[dict[str, Tensor]] = []
         self._rounded: list[dict[str, _Rounded]] = []
         self._stored_type = stored_type
+        self._device = device
         self._event = torch.cuda.Event() if device.type == "cuda" else None
 
     def add(self, values: dict[str, Tensor]) -> None:
@@ -233,7 +234,7 @@ class _Kept:
 
     def record(self) -> None:
         if self._event is not None:
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(self._device))  # the current device may be another
 
     def values(self, model: str) -> Arrays:
         self._round()

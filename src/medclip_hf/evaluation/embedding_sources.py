@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +45,7 @@ class PictureFolder:
 
     Raises:
         ValueError: there is no such folder, or no picture in it.
+        OSError: a subfolder cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,14 +53,16 @@ class PictureFolder:
             raise ValueError(f"{folder} is no folder: name one that holds pictures ({', '.join(PICTURE_ENDINGS)}).")
         self.folder = folder
         digest = hashlib.blake2b(digest_size=16)
-        names: list[bytes] = []
-        for relative, size in sorted(_picture_files(folder)):
-            names.append(os.fsencode(relative))
-            digest.update(names[-1] + f"\0{size}\n".encode())
+        names, ends = bytearray(), array("q")
+        for relative, size in _picture_files(str(folder), ""):
+            name = os.fsencode(relative)
+            names += name
+            ends.append(len(names))
+            digest.update(name + f"\0{size}\n".encode())
         if not names:
             raise ValueError(f"{folder} holds no picture: none of its files ends in {', '.join(PICTURE_ENDINGS)}.")
-        self._names = b"".join(names)
-        self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        self._names = names
+        self._ends = np.frombuffer(ends, dtype=np.int64)
         self.identity = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -73,7 +77,7 @@ class PictureFolder:
         return read_file(self.folder / os.fsdecode(self._name(index)))
 
     def _name(self, index: int) -> bytes:
-        return self._names[int(self._ends[index - 1]) if index else 0 : int(self._ends[index])]
+        return bytes(self._names[int(self._ends[index - 1]) if index else 0 : int(self._ends[index])])
 
 
 class FigureShards:
@@ -140,14 +144,28 @@ class FigureShards:
         return self.__dict__ | {"_held": None}
 
 
-def _picture_files(folder: Path) -> Iterator[tuple[str, int]]:
-    """(path below `folder`, bytes) of each file that can be a picture."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith(".") and name.lower().endswith(PICTURE_ENDINGS):
-                path = os.path.join(parent, name)  # noqa: PTH118 - a Path for each of millions takes ten times as long
-                yield os.path.relpath(path, folder), _size_of(path)
+def _picture_files(folder: str, below: str) -> Iterator[tuple[str, int]]:
+    """(path below the first folder, bytes) of each file that can be a picture, by path.
+
+    A folder stands where its name with a separator does, so what is sorted folder by folder is sorted as a whole.
+    """
+    with os.scandir(folder) as entries:
+        names = sorted(name for entry in entries if (name := _listed_name(entry)))
+    for name in names:
+        path = os.path.join(folder, name)  # noqa: PTH118 - a Path for each of millions takes ten times as long
+        if name.endswith(os.sep):
+            yield from _picture_files(path, below + name)
+        else:
+            yield below + name, _size_of(path)
+
+
+def _listed_name(entry: os.DirEntry[str]) -> str:
+    """The name of a file that can be a picture, or of a folder with a separator; empty for what is passed over."""
+    if entry.name.startswith("."):
+        return ""
+    if entry.is_dir():
+        return "" if entry.is_symlink() else entry.name + os.sep
+    return entry.name if entry.name.lower().endswith(PICTURE_ENDINGS) else ""
 
 
 def _size_of(path: str) -> int:

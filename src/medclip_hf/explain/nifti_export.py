@@ -7,6 +7,7 @@ header beside its geometry comes along, no description, no extension, where pati
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from scipy.ndimage import map_coordinates
 Floats = NDArray[np.float64]
 
 _EDGE_VOXELS = 0.5 + 1e-6  # from the centre of a voxel to its face
+_PARALLEL_CELLS = 1e-4  # of the map that an axis may stray over the whole grid: what rounded headers leave
 _ORTHOGONAL = 1e-5  # of the cosine between axes: what single precision in headers leaves
 
 
@@ -83,26 +85,75 @@ def map_on_grid(
         raise ValueError(f"a map must be finite and (depth, height, width), got shape {values.shape}")
     _check_affine(matrix)
     to_map = np.linalg.inv(matrix) @ grid.affine  # voxel of the grid -> index (x, y, z) of the map
-    filled = np.full(grid.shape_xyz, outside, dtype=np.float32)
-    limits_xyz = np.array(values.shape[::-1], dtype=np.float64)
-    x, y = (np.arange(size, dtype=np.float64) for size in grid.shape_xyz[:2])
-    num_covered = 0
-    for z in range(grid.shape_xyz[2]):  # slice by slice: a grid of 512³ needs no coordinates of 512³
-        places = [row[0] * x[:, None] + row[1] * y[None, :] + (row[2] * z + row[3]) for row in to_map[:3]]
-        covered = np.logical_and.reduce(
-            [
-                (one >= -_EDGE_VOXELS) & (one <= limit - 1 + _EDGE_VOXELS)
-                for one, limit in zip(places, limits_xyz, strict=True)
-            ]
-        )
-        if not covered.any():
-            continue
-        num_covered += int(covered.sum())
-        index_dhw = np.stack([one[covered] for one in reversed(places)])
-        filled[..., z][covered] = map_coordinates(values, index_dhw, order=0 if nearest else 1, mode="nearest")
-    if not num_covered:
+    filled = np.full(grid.shape_xyz[::-1], outside, dtype=np.float32).T  # slices end to end, as files have them
+    fill = _fill_turned if (axes := _parallel_axes(to_map, grid.shape_xyz)) is None else partial(_fill_parallel, axes)
+    if not fill(filled, values, to_map, nearest):
         raise ValueError("the map lies wholly outside of the scan: its affine belongs to another scan")
     return filled
+
+
+def _parallel_axes(to_map: Floats, shape_xyz: tuple[int, int, int]) -> list[int] | None:
+    """The axis of the grid along which each axis (x, y, z) of the map runs; None where they are turned."""
+    reach = np.abs(to_map[:3, :3]) * shape_xyz  # how far each axis of the grid leads along each of the map, in cells
+    axes = reach.argmax(axis=1)
+    strays = reach.copy()
+    strays[np.arange(3), axes] = 0.0
+    return axes.tolist() if len(set(axes.tolist())) == 3 and strays.max() < _PARALLEL_CELLS else None
+
+
+def _fill_parallel(
+    axes: Sequence[int], filled: NDArray[np.float32], values: NDArray[np.float32], to_map: Floats, nearest: bool
+) -> bool:
+    """Put in a map whose axes run along those of the grid, one after the other; whether any of it lies there."""
+    places = [to_map[axis, along] * np.arange(filled.shape[along]) + to_map[axis, 3] for axis, along in enumerate(axes)]
+    covered = [_is_inside(one, limit) for one, limit in zip(places, values.shape[::-1], strict=True)]
+    if not all(one.any() for one in covered):
+        return False
+    by_axis = values.T.astype(np.float64)
+    first, second, last = np.argsort(axes)  # axes of the map that run along x, y and z of the grid
+    for axis in (first, second):
+        by_axis = _sampled(by_axis, axis, places[axis][covered[axis]], nearest)
+    planes = np.ascontiguousarray(by_axis.transpose(last, second, first))  # (cells, y, x)
+    x, y, z = (_as_slice(covered[axis]) for axis in (first, second, last))
+    for number, place in zip(range(z.start, z.stop), places[last][covered[last]], strict=True):
+        filled[x, y, number] = _sampled(planes, 0, place[None], nearest)[0].T
+    return True
+
+
+def _sampled(values: Floats, axis: int, places: Floats, nearest: bool) -> Floats:
+    """Values at places along an axis, linear between cells, or of the nearest cell."""
+    clipped = np.clip(places, 0.0, values.shape[axis] - 1.0)
+    if nearest:
+        return values.take(np.floor(clipped + 0.5).astype(np.intp), axis)
+    low = np.minimum(clipped.astype(np.intp), max(values.shape[axis] - 2, 0))
+    share = (clipped - low).reshape([-1 if one == axis else 1 for one in range(values.ndim)])
+    high = np.minimum(low + 1, values.shape[axis] - 1)
+    return values.take(low, axis) * (1.0 - share) + values.take(high, axis) * share
+
+
+def _fill_turned(filled: NDArray[np.float32], values: NDArray[np.float32], to_map: Floats, nearest: bool) -> bool:
+    """The same of a map that is turned against the grid, slice by slice: 512³ needs no coordinates of 512³."""
+    x, y = (np.arange(size, dtype=np.float64) for size in filled.shape[:2])
+    is_any = False
+    for z in range(filled.shape[2]):
+        places = [row[0] * x[:, None] + row[1] * y[None, :] + (row[2] * z + row[3]) for row in to_map[:3]]
+        inside = [_is_inside(one, limit) for one, limit in zip(places, values.shape[::-1], strict=True)]
+        covered = np.logical_and.reduce(inside)
+        if covered.any():
+            is_any = True
+            index_dhw = np.stack([one[covered] for one in reversed(places)])
+            filled[..., z][covered] = map_coordinates(values, index_dhw, order=0 if nearest else 1, mode="nearest")
+    return is_any
+
+
+def _is_inside(places: Floats, size: int) -> NDArray[np.bool_]:
+    return (places >= -_EDGE_VOXELS) & (places <= size - 1 + _EDGE_VOXELS)
+
+
+def _as_slice(flags: NDArray[np.bool_]) -> slice:
+    """The run of what is set."""
+    found = np.flatnonzero(flags)
+    return slice(int(found[0]), int(found[-1]) + 1)
 
 
 def write_map_nifti(
@@ -145,9 +196,9 @@ def write_map_nifti(
     image.header.set_xyzt_units("mm")
     image.header["cal_min"], image.header["cal_max"] = float(values.min()), float(values.max())
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".partial.{target.name.removesuffix(ending)}{ending}")
-    nibabel.save(image, partial)
-    partial.replace(target)
+    unfinished = target.with_name(f".partial.{target.name.removesuffix(ending)}{ending}")
+    nibabel.save(image, unfinished)
+    unfinished.replace(target)
     return target
 
 

@@ -19,8 +19,9 @@ try:
         CT_RATE_FINDINGS,
         PUBLISHED_WINDOW_DHW,
         Finding,
+        anatomy_boxes,
         embed_findings,
-        embed_scan,
+        embed_windows,
         finding_probabilities,
         plan_windows,
     )
@@ -29,8 +30,9 @@ except ImportError:
         CT_RATE_FINDINGS,
         PUBLISHED_WINDOW_DHW,
         Finding,
+        anatomy_boxes,
         embed_findings,
-        embed_scan,
+        embed_windows,
         finding_probabilities,
         plan_windows,
     )
@@ -43,6 +45,7 @@ except ImportError:
 Protocol = Literal["published", "shared"]
 Windows = dict[int, dict[str, Any]]  # by place of the anatomy
 Rows = list[dict[str, Any]]
+Boxes = Mapping[int, Sequence[tuple[int, int]]]  # (first, last) voxel along each axis, by place of the anatomy
 
 WHOLE_VOLUME = "whole-volume"
 _PUBLISHED_CROP_DHW = (112, 256, 352)
@@ -203,10 +206,11 @@ class _CTPipeline(_Pipeline):
             before = [max(0, smallest - size) // 2 for smallest, size in shape]  # as the processor pads
             flags.append("no anatomy mask: the whole volume stands for every anatomy, unlike in training")
             return PreparedScan(volume, None, _triple(-width for width in before), grid, tuple(flags))
-        given = np.asarray(mask)
-        start = _triple(a - b for a, b in zip(_first_voxel(given), _first_voxel(prepared_mask), strict=True))
+        anatomies = self.model.config.anatomies
+        boxes, prepared_boxes = (anatomy_boxes(np.asarray(one), len(anatomies)) for one in (mask, prepared_mask))
+        start = _triple(a - b for a, b in zip(_first_voxel(boxes), _first_voxel(prepared_boxes), strict=True))
         return PreparedScan(
-            volume, prepared_mask, start, grid, tuple(flags), _edge_flags(given, self.model.config.anatomies)
+            volume, prepared_mask, start, grid, tuple(flags), _edge_flags(boxes, grid["shape_dhw"], anatomies)
         )
 
     def _embed(self, scan: PreparedScan, protocol: Protocol, window_size_dhw: Any) -> tuple[torch.Tensor, Windows]:
@@ -221,7 +225,7 @@ class _CTPipeline(_Pipeline):
         windows = {
             anatomy: _window(scan, part.start_dhw, part.size_dhw) for part in planned for anatomy in part.anatomies
         }
-        return embed_scan(self.model, volume, mask, protocol=protocol, window_size_dhw=size_dhw), windows
+        return embed_windows(self.model, volume, mask, planned), windows
 
     def _embed_whole(self, volume: torch.Tensor) -> torch.Tensor:
         patch_size_dhw = self.model.config.vision_config.patch_size_dhw
@@ -434,23 +438,20 @@ def _no_mask(name: str) -> str:
     )
 
 
-def _edge_flags(mask: np.ndarray, anatomies: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def _edge_flags(boxes: Boxes, shape: Sequence[int], anatomies: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Which anatomies are missing or reach a face of the scan, as sentences by name."""
-    faces = [mask.take(place, axis) for axis in range(3) for place in (0, -1)]
-    touching = set(np.unique(np.concatenate([face.ravel() for face in faces])).tolist())
-    there = set(np.unique(mask).tolist())
     flags: dict[str, tuple[str, ...]] = {}
-    for place, name in enumerate(anatomies, 1):
-        if place not in there:
+    for place, name in enumerate(anatomies):
+        if place not in boxes:
             flags[name] = (f"{name} is not in the scan",)
-        elif place in touching:
+        elif any(first == 0 or last == size - 1 for (first, last), size in zip(boxes[place], shape, strict=True)):
             flags[name] = (f"{name} reaches the edge of the scan and may be cut off",)
     return flags
 
 
-def _first_voxel(mask: np.ndarray) -> tuple[int, ...]:
+def _first_voxel(boxes: Boxes) -> tuple[int, ...]:
     """Lowest index along each axis at which there is an anatomy."""
-    return tuple(int(mask.any(axis=tuple(other for other in range(3) if other != axis)).argmax()) for axis in range(3))
+    return tuple(min(first for first, _ in axis) for axis in zip(*boxes.values(), strict=True))
 
 
 def _window(scan: PreparedScan, start_dhw: Sequence[int], size_dhw: Sequence[int]) -> dict[str, Any]:
