@@ -285,6 +285,29 @@ def test_another_list_of_pictures_is_another_source(tmp_path, pictures):
     assert PictureFolder(pictures.folder).identity != before
 
 
+def test_pictures_are_listed_in_the_order_of_their_paths(tmp_path):
+    names = [
+        "a.png",
+        "a-b/x.PNG",
+        "a/b.png",
+        "a/b-c.jpg",
+        "a/b/c.png",
+        "ab.png",
+        ".hidden.png",
+        "a/notes.txt",
+        ".d/e.png",
+    ]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "linked").symlink_to(tmp_path / "a", target_is_directory=True)
+    (tmp_path / "z.png").symlink_to(tmp_path / "gone.png")
+    source = PictureFolder(tmp_path)
+    expected = sorted([*names[:6], "z.png"])
+    assert [source.row_id(index) for index in range(len(source))] == expected
+    assert [source.read(index).decode() for index in range(6)] == expected[:6]
+
+
 # Scans -----------------------------------------------------------------------------------------------------------
 
 
@@ -322,29 +345,6 @@ def fvlm():
 
 
 @pytest.mark.parametrize(("num_workers", "max_waiting"), [(0, 32), (2, 32), (0, 1)])
-def test_pictures_are_listed_in_the_order_of_their_paths(tmp_path):
-    names = [
-        "a.png",
-        "a-b/x.PNG",
-        "a/b.png",
-        "a/b-c.jpg",
-        "a/b/c.png",
-        "ab.png",
-        ".hidden.png",
-        "a/notes.txt",
-        ".d/e.png",
-    ]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(name.encode())
-    (tmp_path / "linked").symlink_to(tmp_path / "a", target_is_directory=True)
-    (tmp_path / "z.png").symlink_to(tmp_path / "gone.png")
-    source = PictureFolder(tmp_path)
-    expected = sorted([*names[:6], "z.png"])
-    assert [source.row_id(index) for index in range(len(source))] == expected
-    assert [source.read(index).decode() for index in range(6)] == expected[:6]
-
-
 def test_scans_in_common_batches_are_embedded_as_each_alone(tmp_path, num_workers, max_waiting, monkeypatch):
     monkeypatch.setattr(scan_embedding_run, "MAX_WAITING_WINDOWS", max_waiting)
     source, model = DrawnScans(), fvlm()
