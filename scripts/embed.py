@@ -257,6 +257,7 @@ def place_of(options: argparse.Namespace) -> torch.device:
             f"process {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}. Start "
             "as many processes, or name --device."
         )
+    torch.cuda.set_device(local_rank)  # pinned memory and streams would else take room on the first GPU
     return torch.device("cuda", local_rank)
 
 
