@@ -274,6 +274,7 @@ def test_the_orientation_in_exif_is_applied():
         np.stack([GRADIENT] * 3, axis=-1),
         GRADIENT.astype(np.int64),
         GRADIENT.astype(np.uint16) * 257,
+        (GRADIENT.astype(np.uint16) * 257).astype(">u2"),
         GRADIENT / 255,
         torch.from_numpy(GRADIENT / np.float32(255)),
         torch.from_numpy(np.stack([GRADIENT] * 3)),

@@ -72,9 +72,8 @@ class FigureCollator:
             return_tensors="pt",
         )
         concept_ids = torch.full(encoded["concept_mask"].shape, -1, dtype=torch.int64)
-        for row, figure in enumerate(figures):
-            for column, concept in enumerate(figure.concepts):
-                concept_ids[row, column] = concept_identity(concept)
+        for identities, figure in zip(concept_ids.numpy(), figures, strict=True):
+            identities[: len(figure.concepts)] = [concept_identity(concept) for concept in figure.concepts]
         lengths, order = _longest_first(encoded["attention_mask"])
         texts = {name: tensor[order] for name, tensor in (dict(encoded) | {"concept_ids": concept_ids}).items()}
         in_order = [figures[row] for row in order.tolist()]

@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
@@ -133,12 +133,16 @@ def token_spans_of_concepts(
     for row, (caption, spans) in enumerate(zip(captions, concept_char_spans, strict=True)):
         starts, ends = np.asarray(offsets[row], dtype=np.int64).reshape(-1, 2).T
         is_word = ends > starts
-        kept_start, kept_end = (starts[is_word].min(), ends.max()) if is_word.any() else (0, 0)
+        if not is_word.any():
+            continue
+        kept_start, kept_end = starts[is_word].min(), ends.max()
+        of_span = np.array(spans, dtype=np.int64).reshape(-1, 2, 1)
+        touches = is_word & (starts < of_span[:, 1]) & (ends > of_span[:, 0])  # (concepts, tokens)
+        first, last = touches.argmax(axis=1), len(starts) - touches[:, ::-1].argmax(axis=1)
         for place, (start, end) in enumerate(spans):
             cut_off = caption[start : min(end, kept_start)] + caption[max(start, kept_end) : end]
-            tokens = np.flatnonzero(is_word & (starts < end) & (ends > start))
-            if start < end and len(tokens) and not cut_off.strip():
-                token_spans[row, place] = tokens[0], tokens[-1] + 1
+            if start < end and touches[place, first[place]] and not cut_off.strip():
+                token_spans[row, place] = first[place], last[place]
                 mask[row, place] = True
     return token_spans, mask
 
@@ -170,8 +174,9 @@ def to_rgb(image: Any) -> Image.Image:
             "Scale it down or cut it into tiles first."
         )
     try:
-        upright = ImageOps.exif_transpose(opened)
-        upright.load()
+        opened.load()
+        is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        upright = ImageOps.exif_transpose(opened) if is_turned else opened  # which would copy it all the same
     except (OSError, SyntaxError, EOFError, ValueError, struct.error, IndexError) as error:  # all by Pillow's decoders
         raise ValueError(f"{name} cannot be decoded: {error}. The file may be truncated or damaged.") from error
     return _pil_to_rgb(upright, name)
@@ -247,6 +252,7 @@ def _tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
 def _array_to_rgb(array: np.ndarray) -> Image.Image:
     if array.dtype.kind not in "biuf":
         raise ValueError(f"An image array should hold numbers, got {array.dtype}.")
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise ValueError(f"An image array should be (H, W), (H, W, channels) or (channels, H, W), got {array.shape}.")
     levels = _to_8_bit(array)
