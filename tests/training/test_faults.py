@@ -214,3 +214,26 @@ def test_the_first_verdict_counts():
         lost = second.explain(RuntimeError("Connection closed by peer"))
     assert isinstance(lost, LostProcessError)
     assert "process 0 failed while it was starting: OSError: no space left" in str(lost)
+
+
+def test_processes_that_were_given_different_things_refuse_to_train(start_tiny, tmp_path):
+    environment = {"MEDCLIP_TEST_FEWER_ROWS": "1"}  # to process 1
+    run = start_tiny(COMMON | {"output_dir": str(tmp_path)}, num_processes=2, environment=environment)
+    codes, text = run.wait()
+    assert all(codes)
+    assert "process 0 and process 1 were given different things: rows of the training split was 24, is 23" in text
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_process_that_ended_before_the_training_is_named():
+    with Watch(dist.HashStore(), 0, 2, beat_seconds=0.05) as watch:
+        lost = watch.explain(RuntimeError("Connection closed by peer"))
+    assert "process 1 ended before the training began: its own output says why." in str(lost)
+
+
+def test_the_last_words_of_the_process_that_kept_the_store_are_remembered():
+    store = dist.HashStore()
+    first, second = (Watch(store, rank, 2, beat_seconds=0.05) for rank in (0, 1))
+    with first, second:
+        first.report(OSError("no space left"))
+        assert "OSError: no space left" in second._store_is_gone()

@@ -190,9 +190,10 @@ def main():
     model = new_model()
     if options.no_dropout:
         model.dropout.p = 0.0
+    fewer = int(os.environ.get("MEDCLIP_TEST_FEWER_ROWS", 0)) if os.environ.get("RANK") == "1" else 0
     result = train(
         model,
-        Numbers(with_nan=options.with_nan),
+        Numbers(24 - fewer, with_nan=options.with_nan),
         collate_without_row_5,
         objective,
         arguments,

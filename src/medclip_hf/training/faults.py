@@ -60,6 +60,7 @@ class Watch:
         self.beat_seconds = BEAT_SECONDS if beat_seconds is None else beat_seconds
         self._stage, self._num_stages, self._since = "starting", 0, time.monotonic()
         self._num_beats = 0
+        self._verdict: str | None = None  # as read last, for when the store is gone
         self._has_ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -86,6 +87,7 @@ class Watch:
         if self.store is not None and isinstance(error, Exception) and not is_collective_error(error):
             told = f"{type(error).__name__}: {error}"[:1000]
             self._give_verdict(f"process {self.rank} failed while it was {self._stage}: {told}")
+            self._let_others_read()
 
     def explain(self, error: BaseException) -> LostProcessError | None:
         """Who is the cause of a failed collective operation; None if `error` is none, or nobody is to blame.
@@ -101,8 +103,7 @@ class Watch:
         if verdict is None:
             return None
         self._give_verdict(verdict)
-        if self.rank == 0:
-            time.sleep(self.beat_seconds)  # the store may be this process's: let the others read
+        self._let_others_read()
         return LostProcessError(f"{verdict} This process was {self._stage}.")
 
     def _find_cause(self, store: dist.Store) -> str | None:
@@ -118,6 +119,9 @@ class Watch:
         dead = [rank for rank in now if rank != self.rank and now[rank]["beat"] == before[rank]["beat"]]
         if dead:
             return _is_dead(dead, now[dead[0]])
+        never_seen = [rank for rank in range(self.num_processes) if rank not in now]
+        if never_seen:
+            return f"{in_words(never_seen)} ended before the training began: its own output says why."
         return self._who_is_behind(now)
 
     def _who_is_behind(self, beats: dict[int, dict[str, Any]]) -> str | None:
@@ -134,7 +138,7 @@ class Watch:
         )
 
     def _store_is_gone(self) -> str:
-        return "process 0 no longer answers, or the launcher that keeps the store of the processes."
+        return self._verdict or "process 0 no longer answers, or the launcher that keeps the store of the processes."
 
     def _give_verdict(self, verdict: str) -> None:
         """The first verdict counts: what follows from it says less about the cause."""
@@ -144,6 +148,11 @@ class Watch:
         except RuntimeError:
             logger.debug("the store is gone", exc_info=True)
 
+    def _let_others_read(self) -> None:
+        """Wait until the others have seen the verdict: the store may end with the first process."""
+        if self.rank == 0 and self.num_processes > 1:
+            time.sleep(1.5 * self.beat_seconds)
+
     def _live(self, store: dist.Store) -> None:
         """What the thread does: give signs of life, look after one neighbour, end where the run has to end."""
         neighbour = (self.rank + 1) % self.num_processes
@@ -151,7 +160,7 @@ class Watch:
         while not self._has_ended.wait(self.beat_seconds):
             try:
                 self._beat(store)
-                verdict = _verdict_in(store)
+                verdict = self._verdict = _verdict_in(store)
                 beats = _read(store, self.num_processes, [neighbour])
                 if verdict is None and neighbour in beats:
                     if beats[neighbour]["beat"] != last_beat:

@@ -123,14 +123,19 @@ def _of_arguments(arguments: Mapping[str, Any], free: set[str] | None = None) ->
 
 
 def _of_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's values that count, by "section.key", as JSON gives them back."""
-    return {
-        f"{section}.{key}": _plain(value)
-        for section, values in recipe.items()
-        if section not in _FREE_SECTIONS
-        for key, value in values.items()
-        if key not in _FREE_KEYS
-    }
+    """The recipe's values that count, by "section.key" and deeper, as JSON gives them back."""
+    sections = (name for name in recipe if name not in _FREE_SECTIONS)
+    values = {f"{name}.{key}": value for name in sections for key, value in recipe[name].items()}
+    return _leaves({name: _plain(value) for name, value in values.items() if name.split(".")[-1] not in _FREE_KEYS})
+
+
+def _leaves(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        is_nested = isinstance(value, dict) and value
+        leaves |= _leaves({f"{name}.{key}": one for key, one in value.items()}) if is_nested else {name: value}
+    return leaves
 
 
 def _plain(value: Any) -> Any:
