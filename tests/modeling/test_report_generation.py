@@ -172,6 +172,13 @@ def test_views_that_do_not_stand_change_nothing_and_the_others_are_averaged():
     torch.testing.assert_close(embeds[1:], model.embed_study(pixel_values[1:, 0])[0])
     patches = model.vision_model(pixel_values[0]).last_hidden_state.mean(dim=0)
     torch.testing.assert_close(embeds[0], model.language_projection(patches))
+    every = torch.ones(2, 2, dtype=torch.bool)
+    torch.testing.assert_close(model.embed_study(pixel_values)[0], model.embed_study(pixel_values, every)[0])
+
+
+def test_a_study_without_a_view_mask_waits_for_no_number_of_the_device():
+    embeds, _ = make_image_model().to("meta").embed_study(image_inputs()["pixel_values"].to("meta"))  # has no numbers
+    assert embeds.shape == (2, 9, 8)
 
 
 def test_an_anatomy_that_is_absent_is_not_read():

@@ -250,8 +250,15 @@ class ConceptCLIPForReportGeneration(PreTrainedModel):
                 f"pixel_values should be (B, V, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}. "
                 "Give the images to the processor first."
             )
-        if view_mask is None:
-            view_mask = pixel_values.new_ones(pixel_values.shape[:2], dtype=torch.bool)
+        patches = self._mean_patches(pixel_values, view_mask)
+        embeds = self.language_projection(patches.to(self.language_projection.linear.weight.dtype))
+        return embeds, torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+
+    def _mean_patches(self, pixel_values: Tensor, view_mask: Tensor | None) -> Tensor:
+        """Patches (B, P, dim) of each study, averaged over its views; absent views are not computed."""
+        if view_mask is None:  # without the numbers of a mask, which the device would have to tell first
+            patches = self.vision_model(pixel_values.flatten(0, 1), return_dict=True).last_hidden_state
+            return patches.unflatten(0, pixel_values.shape[:2]).mean(dim=1)
         view_mask = view_mask.bool()
         if view_mask.shape != pixel_values.shape[:2] or not view_mask.any(dim=1).all():
             raise ValueError(
@@ -261,9 +268,7 @@ class ConceptCLIPForReportGeneration(PreTrainedModel):
         patches = self.vision_model(pixel_values[view_mask], return_dict=True).last_hidden_state  # (views, P, dim)
         study = view_mask.nonzero()[:, 0]
         total = patches.new_zeros(len(view_mask), *patches.shape[1:]).index_add(0, study, patches)
-        mean = total / view_mask.sum(dim=1).to(total)[:, None, None]
-        embeds = self.language_projection(mean.to(self.language_projection.linear.weight.dtype))
-        return embeds, torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        return total / view_mask.sum(dim=1).to(total)[:, None, None]
 
 
 # Same as in fvlm, from here on.
