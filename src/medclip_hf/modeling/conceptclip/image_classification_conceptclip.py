@@ -200,7 +200,7 @@ class ConceptCLIPForImageClassification(PreTrainedModel):
         )
 
 
-# Same as in fvlm but for the fields.
+# Same as in fvlm.
 def read_head_config(folder: str | PathLike[str]) -> dict[str, Any]:
     """The fields of an adapter's head and the name of its base; empty where the folder holds no such adapter."""
     adapter_config = find_adapter_config_file(str(folder))

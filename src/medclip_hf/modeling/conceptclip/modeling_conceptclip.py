@@ -579,6 +579,7 @@ def _portable(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in foreign}
 
 
+# Same as in fvlm.
 def _normalize_exactly(embeds: Tensor) -> Tensor:
     """The embeddings L2-normalised in float32 at least: a norm rounded to half precision shifts logits of scale 100."""
     return F.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)

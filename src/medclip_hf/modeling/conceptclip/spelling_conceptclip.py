@@ -11,7 +11,7 @@ from transformers.utils import TransformersKwargs
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-# Same as in fvlm, all of it.
+# Same as in fvlm, from here on.
 
 
 def check_spelling(owner: str, names: Iterable[str], known: Sequence[str]) -> None:

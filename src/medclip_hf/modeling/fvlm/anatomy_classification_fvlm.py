@@ -237,7 +237,7 @@ def anatomy_index_of_findings(config: FVLMConfig) -> list[int]:
     return [list(config.anatomies).index(findings[label]) for label in labels]
 
 
-# Same as in conceptclip but for the fields.
+# Same as in conceptclip.
 def read_head_config(folder: str | PathLike[str]) -> dict[str, Any]:
     """The fields of an adapter's head and the name of its base; empty where the folder holds no such adapter."""
     adapter_config = find_adapter_config_file(str(folder))
