@@ -39,6 +39,16 @@ def test_links_to_nowhere_are_found_to_be_set_aside_and_pipes_are_not_waited_for
     assert list(pictures([tmp_path])) == [tmp_path / "lost.png"]
 
 
+def test_a_link_back_lists_no_scan_again_and_a_linked_folder_is_searched(tmp_path):
+    for folder in ("here/inner", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "here" / "a.nii.gz").touch()
+    (tmp_path / "elsewhere" / "b.nii.gz").touch()
+    (tmp_path / "here" / "inner" / "back").symlink_to(tmp_path / "here")
+    (tmp_path / "here" / "other").symlink_to(tmp_path / "elsewhere")
+    assert [path.name for path in scans([tmp_path / "here"])] == ["a.nii.gz", "b.nii.gz"]
+
+
 def test_a_folder_without_what_is_looked_for_is_told(tmp_path):
     with pytest.raises(ValueError, match="holds no picture"):
         list(pictures([tmp_path]))

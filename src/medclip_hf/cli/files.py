@@ -118,7 +118,8 @@ def _scans_in(folder: Path) -> Iterator[Path]:
         yield folder
     for entry in entries:
         if entry.is_dir():
-            yield from _scans_in(entry)
+            if not folder.resolve().is_relative_to(entry.resolve()):  # a link back would list its scans again
+                yield from _scans_in(entry)
         elif entry.name.lower().endswith(_VOLUME_ENDINGS):
             yield entry
 
