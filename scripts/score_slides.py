@@ -46,6 +46,7 @@ from medclip_hf.evaluation.slides import (
     attention_map,
     embed_slide,
     feature_identity,
+    has_features,
     load_features,
     read_slide_table,
     save_features,
@@ -165,7 +166,7 @@ def embed_slides(
             if not row.path.is_file():
                 raise UnusableSlide("slide missing", f"{row.path} is no file")
             identity = feature_identity(row, contract, encoder.identity)
-            if load_features(path, identity) is None:
+            if not has_features(path, identity):
                 found = embed_slide(
                     row, encode, contract, batch_size=options.batch_size, num_workers=options.num_workers
                 )

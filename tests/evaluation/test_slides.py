@@ -21,6 +21,7 @@ from medclip_hf.evaluation.slides import (
     embed_slide,
     feature_identity,
     find_tiles,
+    has_features,
     load_features,
     open_slide,
     read_slide_table,
@@ -163,10 +164,18 @@ def test_features_are_found_again_only_for_the_same_slide_contract_and_encoder(t
     again = load_features(target, identity)
     assert torch.equal(again.features, found.features)
     assert again.shape == (4, 4)
-    assert load_features(target, feature_identity(row, TileContract(64, 0.5, 0.9), "encoder")) is None
-    assert load_features(target, feature_identity(row, CONTRACT, "other")) is None
-    target.write_bytes(target.read_bytes()[:50])
-    assert load_features(target, identity) is None
+    assert has_features(target, identity)
+    for other in (
+        feature_identity(row, TileContract(64, 0.5, 0.9), "encoder"),
+        feature_identity(row, CONTRACT, "other"),
+    ):
+        assert load_features(target, other) is None
+        assert not has_features(target, other)
+    for size in (-1, 50):  # cut short in its vectors, and in its header
+        target.write_bytes(target.read_bytes()[:size])
+        assert load_features(target, identity) is None
+        assert not has_features(target, identity)
+    assert not has_features(tmp_path / "none", identity)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,16 @@ def test_the_picture_given_is_not_changed():
     assert np.array_equal(GREY, before)
 
 
+def test_a_large_picture_is_drawn_as_a_small_one_and_its_boxes_stay_in_place():
+    large = GREY.repeat(40, axis=0).repeat(40, axis=1)
+    small = draw_boxes(GREY, [(10, 10, 30, 30)], ["cyst"])
+    drawn = draw_boxes(large, [(400, 400, 1200, 1200)], ["cyst"])
+    assert drawn.shape == small.shape
+    assert np.abs(drawn.astype(int) - small).mean() < 1.0
+    panels = [draw_concept_panel(picture, CORNER[None], ["cyst"]).astype(int) for picture in (GREY, large)]
+    assert np.abs(panels[1] - panels[0]).mean() < 1.0
+
+
 def test_a_panel_has_a_tile_per_concept_and_a_bar():
     one = draw_concept_panel(GREY, CORNER[None], ["cyst"])
     three = draw_concept_panel(GREY, np.stack([CORNER, 1 - CORNER, CORNER]), ["cyst", "nodule", "clip"])

@@ -14,7 +14,12 @@ from medclip_hf.data.concepts.index import Concept
 from medclip_hf.evaluation.concept_bank import ConceptBank, build_concept_bank
 from medclip_hf.evaluation.encoders import load_encoder
 from medclip_hf.evaluation.zero_shot import classify_images
-from medclip_hf.pipelines import ConceptAnnotationPipeline, add_pipelines, read_picture
+from medclip_hf.pipelines import (
+    ConceptAnnotationPipeline,
+    add_pipelines,
+    pipeline_concept_annotation,
+    read_picture,
+)
 from medclip_hf.pipelines.pipeline_concept_annotation import box_of_map, is_dicom_file, read_concepts
 
 TASK = "medical-concept-annotation"
@@ -231,6 +236,15 @@ def test_concepts_come_from_lists_and_files_and_the_first_of_equal_names_counts(
     )
     assert read_concepts(path) == (("mass", "C1"),)
     assert read_concepts(["cyst", ("cyst", "C3")]) == (("cyst", None),)
+
+
+def test_a_file_of_concepts_is_read_once_a_call_and_not_once_an_image(annotate, picture, tmp_path, monkeypatch):
+    path = tmp_path / "concepts.jsonl"
+    path.write_text('{"concept_id": "C1", "canonical_name": "nodule"}\n')
+    read, lines_of = [], pipeline_concept_annotation._read_lines
+    monkeypatch.setattr(pipeline_concept_annotation, "_read_lines", lambda path: read.append(path) or lines_of(path))
+    assert [entries[0]["cui"] for entries in annotate([picture] * 3, concepts=path)] == ["C1"] * 3
+    assert read == [path]
 
 
 @pytest.mark.parametrize(

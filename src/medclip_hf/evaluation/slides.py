@@ -323,6 +323,15 @@ def save_features(path: Path, found: SlideFeatures, identity: str) -> None:
     temporary.replace(path)
 
 
+def has_features(path: Path, identity: str) -> bool:
+    """Whether a file holds the features of this identity, whole; nothing but its header is read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("identity") == identity
+    except (SafetensorError, OSError):  # no file, one cut short, or none of features
+        return False
+
+
 def load_features(path: Path, identity: str | None = None) -> SlideFeatures | None:
     """The features in a file; None where there is none, it is damaged, or of another identity than asked for."""
     if not path.is_file():

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,6 +127,9 @@ class ConceptAnnotationPipeline(_Pipeline):
         top_k = arguments.get("top_k")
         if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"top_k must be a whole number of 1 or more, or None for all concepts, got {top_k}.")
+        concepts = arguments.get("concepts")
+        if concepts is not None and not hasattr(concepts, "text_embeds"):
+            arguments["concepts"] = read_concepts(concepts)  # once a call, not once an image
         return {}, arguments, {}
 
     def preprocess(self, image: Any, **_: Any) -> dict[str, Any]:
@@ -237,7 +241,11 @@ def _entry(vocabulary: _Vocabulary, scores: Any, place: int) -> dict[str, Any]:
     }
 
 
-def read_concepts(concepts: Any) -> tuple[tuple[str, str | None], ...]:
+class _Concepts(tuple[tuple[str, str | None], ...]):
+    """Concepts that were read and checked."""
+
+
+def read_concepts(concepts: Any) -> _Concepts:
     """(name, CUI or None) of each concept; of equal names the first counts.
 
     Args:
@@ -246,14 +254,11 @@ def read_concepts(concepts: Any) -> tuple[tuple[str, str | None], ...]:
     Raises:
         ValueError: none came, or one that is no concept.
     """
+    if isinstance(concepts, _Concepts):
+        return concepts
     if concepts is None:
-        if shipped_vocabulary is None:
-            raise ValueError(
-                "name the concepts to look for with concepts=[...]: the vocabulary that is taken otherwise comes with "
-                "the package, pip install medclip-hf."
-            )
-        concepts = shipped_vocabulary()
-    elif isinstance(concepts, str | Path):
+        return _shipped_concepts()
+    if isinstance(concepts, str | Path):
         concepts = _read_lines(Path(concepts))
     found: dict[str, str | None] = {}
     for concept in concepts:
@@ -261,7 +266,17 @@ def read_concepts(concepts: Any) -> tuple[tuple[str, str | None], ...]:
         found.setdefault(name, cui)
     if not found:
         raise ValueError("there is no concept to look for: concepts is empty.")
-    return tuple(found.items())
+    return _Concepts(found.items())
+
+
+@lru_cache(maxsize=1)
+def _shipped_concepts() -> _Concepts:
+    if shipped_vocabulary is None:
+        raise ValueError(
+            "name the concepts to look for with concepts=[...]: the vocabulary that is taken otherwise comes with the "
+            "package, pip install medclip-hf."
+        )
+    return read_concepts(shipped_vocabulary())
 
 
 def _read_lines(path: Path) -> list[Any]:
