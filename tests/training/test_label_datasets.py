@@ -1,6 +1,7 @@
 """Labelled images and scans: what is read, what a batch says, what rare labels weigh, and what is refused."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,6 +186,24 @@ def test_features_are_computed_once_in_the_order_of_the_rows(folder, processor):
     assert batch["row_ids"] == ["row-2", "row-0"]
     torch.testing.assert_close(batch["image_embeds"], means[[2, 0]])
     assert FeatureDataset(dataset, rows, means, "x", is_single_label=True).targets.tolist() == [0, UNKNOWN, UNKNOWN]
+
+
+def test_pixels_are_scaled_once_in_training_and_over_all_rows(folder, processor):
+    dataset = LabelledFigureDataset(folder, classes=CLASSES, image_size=6, crop_scale=None)
+    collator = LabelledFigureCollator(processor, 2, is_single_label=False)
+    objective = ClassificationObjective("multi_label_classification")
+    examples = [dataset[number] for number in range(3)]
+
+    def model(pixel_values):
+        return SimpleNamespace(logits=pixel_values[:, :2, 0, 0])
+
+    def forward(batch):
+        return objective.embed(model, batch)["logits"]
+
+    expected = processor(images=[example.image for example in examples], do_resize=False)["pixel_values"][:, :2, 0, 0]
+    torch.testing.assert_close(forward(collator(examples)), expected)
+    over_rows = run_over_rows(dataset, collator, forward, batch_size=2, device=torch.device("cpu"))[1]
+    torch.testing.assert_close(over_rows, expected)
 
 
 def test_a_split_of_which_nothing_can_be_read_is_refused(tmp_path, processor):

@@ -23,6 +23,7 @@ from medclip_hf.data.records import ScanRow
 from medclip_hf.data.stages import Drop
 from medclip_hf.modeling.conceptclip.image_classification_conceptclip import SINGLE_LABEL, classification_loss
 from medclip_hf.modeling.fvlm.anatomy_classification_fvlm import finding_loss
+from medclip_hf.processing.pixels import SCALING, figure_scaling, scaled_pixels, stacked_figures
 from medclip_hf.training.collators import ScanCollator
 from medclip_hf.training.datasets import FigureDataset
 from medclip_hf.training.distributed import gather_counts, gather_rows, num_processes, process_index, sum_over_processes
@@ -167,7 +168,7 @@ class LabelledScanDataset(ScanDataset):
 
 
 class LabelledFigureCollator:
-    """Calls the image processor on labelled images.
+    """Stacks labelled images; their pixels are scaled on the device, see `processing.pixels`.
 
     Args:
         processor: a `ConceptCLIPProcessor`.
@@ -175,8 +176,8 @@ class LabelledFigureCollator:
         is_single_label: whether exactly one of the classes is present in an image.
 
     Returns (of a call):
-        pixel_values (B, 3, H, W), labels (B,) or (B, K) int64 with -100 for unknown, row_ids and set_aside. An image
-        whose single label is unknown, or of which several are present, is set aside.
+        pixel_values (B, 3, H, W) uint8, pixel_scaling (B, 2, 3), labels (B,) or (B, K) int64 with -100 for unknown,
+        row_ids and set_aside. An image whose single label is unknown, or of which several are present, is set aside.
     """
 
     def __init__(self, processor: Any, num_classes: int, *, is_single_label: bool) -> None:
@@ -190,12 +191,12 @@ class LabelledFigureCollator:
         figures = [example for example in checked if isinstance(example, LabelledFigure)]
         size = self.processor.image_processor.size
         images = [figure.image for figure in figures] or [Image.new("RGB", (int(size["width"]), int(size["height"])))]
-        pixels = self.processor(images=images, do_resize=False, return_tensors="pt")["pixel_values"]
         rows = np.array([figure.labels for figure in figures], dtype=np.float32).reshape(-1, self.num_classes)
         labels = torch.from_numpy(rows)
         targets = labels.nan_to_num().argmax(dim=1) if self.is_single_label else to_targets(labels)
         return {
-            "pixel_values": pixels[: len(figures)],
+            "pixel_values": stacked_figures(images)[: len(figures)],
+            SCALING: figure_scaling(self.processor.image_processor, len(figures)),
             "labels": targets,
             "row_ids": [figure.row_id for figure in figures],
             "set_aside": [drop_record(example) for example in checked if isinstance(example, Drop)],
@@ -211,7 +212,7 @@ class LabelledFigureCollator:
 
 
 class LabelledScanCollator(ScanCollator):
-    """Windows the crops and masks the labels of anatomies that a crop does not hold completely.
+    """Stacks the crops and masks the labels of anatomies that a crop does not hold completely.
 
     Args:
         processor: an `FVLMProcessor`.
@@ -220,12 +221,12 @@ class LabelledScanCollator(ScanCollator):
             labels, for crops that hold as much as will ever be seen.
 
     Returns (of a call):
-        pixel_values (B, 1, D, H, W), anatomy_mask (B, D, H, W), labels (B, K) int64 with -100 for unknown or not
-        complete, row_ids and set_aside.
+        pixel_values (B, 1, D, H, W) int16, pixel_scaling (B, 2, 1), anatomy_mask (B, D, H, W), labels (B, K) int64 with
+        -100 for unknown or not complete, row_ids and set_aside.
     """
 
     def __init__(self, processor: Any, anatomy_index: Sequence[int], *, needs_whole_anatomy: bool = True) -> None:
-        super().__init__(processor)
+        super().__init__(processor, raw_pixels=True)
         self.anatomy_index = list(anatomy_index)
         self.needs_whole_anatomy = needs_whole_anatomy
 
@@ -234,11 +235,8 @@ class LabelledScanCollator(ScanCollator):
         found = [example for example in examples if isinstance(example, LabelledScan)]
         for example in found:
             self._check(example.scan)
-        masks = [example.scan.anatomy_mask for example in found]
         labels = [self._known(example) for example in found]
-        return {
-            "pixel_values": self._window([example.scan.image for example in found]),
-            "anatomy_mask": torch.from_numpy(np.stack(masks) if masks else np.empty((0, *self.size_dhw), np.uint8)),
+        return self._volumes([example.scan for example in found]) | {
             "labels": to_targets(torch.tensor(np.array(labels).reshape(-1, len(self.anatomy_index)))),
             "row_ids": [example.scan.row_id for example in found],
             "set_aside": [drop_record(example) for example in examples if isinstance(example, Drop)],
@@ -279,6 +277,8 @@ class ClassificationObjective:
     def embed(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The model's `logits` (B, K). A batch without rows gives none that still depend on every parameter."""
         inputs = {name: batch[name] for name in self.model_inputs if name in batch}
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = scaled_pixels(batch)
         num_rows = len(batch["labels"])
         if num_rows == 0:  # a row of ones in place of none: data-parallel training waits for every gradient
             inputs = {name: value.new_ones((1, *value.shape[1:])) for name, value in inputs.items()}
@@ -365,7 +365,7 @@ def run_over_rows(
     Args:
         dataset: without anything random, since each row is read once.
         collator: gives `row_ids` and `set_aside` beside the tensors.
-        forward: batch → (B, ...).
+        forward: batch, its pixels scaled → (B, ...).
         batch_size: rows at a time.
         device: of the model.
         num_workers: reading processes.
@@ -389,7 +389,11 @@ def run_over_rows(
     for batch in tqdm(loader, desc=description, disable=True if description is None else None):
         if batch["row_ids"]:
             rows += [place[row_id] for row_id in batch["row_ids"]]
-            values.append(forward({name: _moved(value, device) for name, value in batch.items()}).float())
+            moved = {name: _moved(value, device) for name, value in batch.items()}
+            if "pixel_values" in moved:
+                moved["pixel_values"] = scaled_pixels(moved)
+                moved.pop(SCALING, None)  # done: an objective's `embed` is to leave them so
+            values.append(forward(moved).float())
     if not rows:
         raise ValueError(f"none of {len(dataset)} rows could be read, the first: {dataset.row_ids[:3]}.")
     counts = [count for (count,) in gather_counts([len(rows)], device)]

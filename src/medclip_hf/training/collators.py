@@ -138,8 +138,7 @@ class ScanCollator:
         for scan in scans:
             self._check(scan)
         flags = (len(self.anatomies),)
-        tensors = self._pixels([scan.image for scan in scans]) | {
-            "anatomy_mask": _stacked([scan.anatomy_mask for scan in scans], self.size_dhw, np.uint8),
+        tensors = self._volumes(scans) | {
             "is_complete": _stacked([scan.is_complete for scan in scans], flags, np.bool_),
             "is_abnormal": _stacked([self._is_abnormal(scan) for scan in scans], flags, np.bool_),
         }
@@ -157,12 +156,14 @@ class ScanCollator:
     def _is_abnormal(self, scan: ScanExample) -> np.ndarray:
         return scan.is_abnormal if self.reduce_false_negatives else np.ones_like(scan.is_abnormal)
 
-    def _pixels(self, images: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    def _volumes(self, scans: list[ScanExample]) -> dict[str, torch.Tensor]:
+        images = [scan.image for scan in scans]
+        masks = {"anatomy_mask": _stacked([scan.anatomy_mask for scan in scans], self.size_dhw, np.uint8)}
         if not self.raw_pixels:
-            return {"pixel_values": self._window(images)}
+            return masks | {"pixel_values": self._window(images)}
         volumes = _stacked(images, self.size_dhw, np.int16).unsqueeze(1)
         window = self.processor.image_processor
-        return {"pixel_values": volumes, SCALING: scan_scaling(window.hu_min, window.hu_max, len(images))}
+        return masks | {"pixel_values": volumes, SCALING: scan_scaling(window.hu_min, window.hu_max, len(images))}
 
     def _window(self, images: list[np.ndarray]) -> torch.Tensor:
         """As the processor does it; Hounsfield units were checked when the scans were prepared."""
