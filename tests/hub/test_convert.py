@@ -231,6 +231,7 @@ def test_what_has_no_way_back_is_refused(tmp_path):
     ("change", "message"),
     [
         ("{", "config.json is no JSON"),
+        ("[" * 100_000, "config.json is no JSON"),
         ("[]", "must hold an object, but a list came"),
         ({"hidden_size": "wide"}, "expected int, got str"),
         ({"hidden_act": "none"}, "no model can be built"),

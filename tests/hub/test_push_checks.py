@@ -175,6 +175,13 @@ def test_a_tokenizer_that_is_none_is_a_finding(model, content):
     assert any("cannot be searched" in finding.kind for finding in check_before_push(model, None))
 
 
+@pytest.mark.parametrize("content", [b"[]", b'{"base_model_name_or_path": ["a"]}', DEEP])
+def test_an_adapter_that_is_none_is_refused(model, content):
+    (model / "adapter_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match="no configuration of an adapter"):
+        files_to_push(model)
+
+
 @pytest.mark.parametrize("name", ["a\nb.md", "a\x1b[2Jb.md", "a\u202eb.md", "a\udcffb.md"])
 def test_a_name_that_steers_a_screen_is_refused_and_not_shown(model, name):
     (model / name).write_text("harmless")

@@ -189,9 +189,10 @@ def _stays_behind(name: str) -> bool:
 def _check_base_of_adapter(path: Path) -> None:
     try:
         base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
+        is_here = base is not None and Path(base).exists()
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path.name} is no configuration of an adapter: {error}. Save the adapter again.") from error
-    if base is not None and Path(base).exists():
+    if is_here:
         raise ValueError(
             f"{path.name} names a folder of this disk as the base model, which nobody else has. Push the base first, "
             "and set base_model_name_or_path to its 'owner/name'."
