@@ -15,9 +15,11 @@ from medclip_hf.modeling.fvlm import FVLMConfig, FVLMModel
 from medclip_hf.training import faults
 from medclip_hf.training.arguments import RunArguments
 from medclip_hf.training.calibration import CalibratedFVLMObjective, TextTeacher
+from medclip_hf.training.distributed import gather_rows, num_processes, process_index
 from medclip_hf.training.launch import end, make_accelerator
 from medclip_hf.training.loop import train
 from medclip_hf.training.objectives import ConceptCLIPObjective, FVLMObjective
+from medclip_hf.training.sharded import gathered
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 TEXT = SIZES | {"vocab_size": 50, "max_position_embeddings": 24}
@@ -118,12 +120,23 @@ def new_objective(kind, model):
     return FVLMObjective(ANATOMIES, text_buckets=3) if kind == "fvlm" else ConceptCLIPObjective()
 
 
+def validate_unevenly(model, step):
+    """Process r calls an fVLM r + 1 times, and reads a parameter outside of it."""
+    batch = collate_scans([(0, 0), (0, 1)])
+    with gathered(model):
+        totals = [FVLMObjective(ANATOMIES).embed(model, batch)["text_embeds"].sum() for _ in range(process_index() + 1)]
+        scaled = totals[-1] * model.logit_scale.exp()
+    everyones = gather_rows(scaled.reshape(1), [1] * num_processes())
+    return {"spread": float(everyones.max() - everyones.min())}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("arguments", type=json.loads)
     parser.add_argument("kind", choices=["conceptclip", "conceptclip-1", "fvlm", "fvlm-teacher"])
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--validate", action="store_true")
     options = parser.parse_args()
     faults.BEAT_SECONDS = 0.3
     arguments = RunArguments(progress_bar=False, **options.arguments)
@@ -131,7 +144,17 @@ def main():
     model = new_model(options.kind, options.dropout)
     collate = collate_scans if options.kind.startswith("fvlm") else collate_figures
     objective = new_objective(options.kind, model)
-    result = train(model, Keys(), collate, objective, arguments, resume=options.resume, accelerator=accelerator)
+    evaluate_fn = validate_unevenly if options.validate else None
+    result = train(
+        model,
+        Keys(),
+        collate,
+        objective,
+        arguments,
+        evaluate_fn=evaluate_fn,
+        resume=options.resume,
+        accelerator=accelerator,
+    )
     end(accelerator)
     sys.exit(result.exit_code)
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from medclip_hf.training.arguments import RunArguments
-from medclip_hf.training.loop import train
+from medclip_hf.training.loop import NoRowsError, train
 
 
 def arguments(folder, **changes):
@@ -113,6 +113,29 @@ def test_skipping_does_not_go_on_forever(tiny, tmp_path):
 
     with pytest.raises(FloatingPointError, match="step 11"):
         run(tiny, tmp_path, collator=collate_nan, max_steps=20, on_nonfinite_loss="skip")
+
+
+def test_a_run_whose_data_are_gone_leaves_the_weights_alone_and_ends(tiny, tmp_path):
+    """From the third batch on every row is set aside."""
+    num_batches = 0
+
+    def collate(examples):
+        nonlocal num_batches
+        num_batches += 1
+        whole = tiny.collate(examples)
+        gone = [{"row_id": row_id, "reason": "unreadable", "detail": ""} for row_id in whole["row_ids"]]
+        return whole if num_batches < 3 else {name: values[:0] for name, values in whole.items()} | {"set_aside": gone}
+
+    class Objective(tiny.Matching):
+        def compare(self, embeddings, batch):
+            return super().compare(embeddings, batch) if batch["row_ids"] else {"loss": embeddings["image"].sum()}
+
+    model, limits = tiny.new_model(), {"max_steps": 40, "checkpoint_every": 2, "keep_checkpoints": 20}
+    with pytest.raises(NoRowsError, match=r"step 13: not one row .*'reason': 'unreadable'.* start again with --resume"):
+        train(model, tiny.Numbers(), collate, Objective(), arguments(tmp_path, **limits))
+    after_two = load_file(tmp_path / "checkpoints" / "checkpoint-00000002" / "model.safetensors")
+    assert all(torch.equal(value, after_two[name]) for name, value in model.state_dict().items())
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tiny, tmp_path):

@@ -15,7 +15,7 @@ from medclip_hf.training.arguments import RunArguments, build_sections, read_rec
 from medclip_hf.training.checkpoints import UnwrittenError
 from medclip_hf.training.faults import LostProcessError
 from medclip_hf.training.launch import end, make_accelerator
-from medclip_hf.training.loop import TrainResult
+from medclip_hf.training.loop import NoRowsError, TrainResult
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,12 @@ def train_by_recipe(
         logger.debug("where it was found", exc_info=True)
         sys.stderr.write(f"error: {error}\n")
         return 2
-    except (UnwrittenError, LostProcessError, FloatingPointError) as error:  # they tell what happened and what to do
+    except (
+        UnwrittenError,
+        LostProcessError,
+        NoRowsError,
+        FloatingPointError,
+    ) as error:  # they tell what happened and what to do
         logger.debug("where it happened", exc_info=True)
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -41,6 +41,10 @@ _MAX_SKIPPED_IN_A_ROW = 10
 _MAX_NAMED_ROWS = 20
 
 
+class NoRowsError(RuntimeError):
+    """Batch after batch, not one row could be read."""
+
+
 class MapDataset(Protocol):
     """Rows by (epoch, index); what is random in an example comes from the run's seed, epoch and index alone."""
 
@@ -107,6 +111,7 @@ def train(
     Raises:
         ValueError: an output folder that already holds a run, a checkpoint that is not of this run, too few rows.
         FloatingPointError: the loss or its gradient is not finite.
+        NoRowsError: not one row could be read, batch after batch.
         LostProcessError: another process is dead, has failed, or did not come in time; it is named.
         UnwrittenError: a checkpoint or another file of the run could not be written.
     """
@@ -299,7 +304,9 @@ class _Run:
         agreed = self._agree(values["loss"], grad_norm, batch, stop)
         if agreed.pop("failed_checkpoints"):
             self._finish_checkpoint()  # raises what went wrong
-        if agreed["is_finite"]:
+        if not agreed["rows"]:
+            self._skip_without_rows(batch)
+        elif agreed["is_finite"]:
             self._update()
             self.skipped_in_a_row = 0
         else:
@@ -350,7 +357,7 @@ class _Run:
         message = self.accelerator.reduce(message, reduction="sum")
         loss_sum, num_not_finite, rows, set_aside, num_failed, *received = message.tolist()
         return {
-            "loss": loss_sum / self.accelerator.num_processes,
+            "loss": loss_sum / self.accelerator.num_processes if rows else math.nan,
             "is_finite": float(num_not_finite == 0),
             "rows": rows,
             "set_aside": set_aside,
@@ -374,6 +381,19 @@ class _Run:
             raise FloatingPointError(
                 f"{message} Lower the learning rate, look at the rows, or set training.on_nonfinite_loss=skip; "
                 "the newest checkpoint is from before."
+            )
+        logger.warning("%s The step is skipped.", message)
+
+    def _skip_without_rows(self, batch: Batch) -> None:
+        """Count a step for which no process could read a row; many in a row mean that the data are gone."""
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        example = batch["set_aside"][:1]
+        message = f"step {self.step + 1}: not one row of the batch could be read, here for instance {example}."
+        if self.skipped_in_a_row > _MAX_SKIPPED_IN_A_ROW:
+            raise NoRowsError(
+                f"{message} So were {_MAX_SKIPPED_IN_A_ROW} batches before. See whether the data are still there, then "
+                "start again with --resume."
             )
         logger.warning("%s The step is skipped.", message)
 
