@@ -358,16 +358,7 @@ class ConceptCLIPModel(PreTrainedModel):
             )
         if concept_embeds.dim() == 2:
             concept_embeds = concept_embeds.expand(num_images, -1, -1)
-        embed_dim = self.config.vision_config.hidden_size
-        if concept_embeds.dim() != 3 or concept_embeds.shape[2] != embed_dim:
-            raise ValueError(
-                f"concept_embeds should be (N, {embed_dim}) or (B, N, {embed_dim}), got {tuple(concept_embeds.shape)}."
-            )
-        if len(concept_embeds) != num_images:
-            raise ValueError(
-                f"{num_images} images but concepts of {len(concept_embeds)} texts. To look for the same concepts in "
-                "every image, give concept_embeds=model.get_concept_embeds(...).flatten(0, 1)."
-            )
+        self._check_concept_embeds(concept_embeds, num_images)
         vision_output = self.get_image_features(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True
         )
@@ -536,6 +527,18 @@ class ConceptCLIPModel(PreTrainedModel):
             raise ValueError(
                 f"No {wish} from a model of the first stage: its configuration says use_patch_concept_alignment=False. "
                 "Train the second stage from it, or load a model that was trained so."
+            )
+
+    def _check_concept_embeds(self, concept_embeds: Tensor, num_images: int) -> None:
+        embed_dim = self.config.vision_config.hidden_size
+        if concept_embeds.dim() != 3 or concept_embeds.shape[2] != embed_dim:
+            raise ValueError(
+                f"concept_embeds should be (N, {embed_dim}) or (B, N, {embed_dim}), got {tuple(concept_embeds.shape)}."
+            )
+        if len(concept_embeds) != num_images:
+            raise ValueError(
+                f"{num_images} images but concepts of {len(concept_embeds)} texts. To look for the same concepts in "
+                "every image, give concept_embeds=model.get_concept_embeds(...).flatten(0, 1)."
             )
 
     def _check_pixel_values(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> None:
