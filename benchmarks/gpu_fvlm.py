@@ -13,8 +13,19 @@ for float32 too; "losses" is the share of the step that they take alone.
 
 import argparse
 
+import torch
 from gpu_steps import Prepared, Request, add_arguments, device_here, measure
-from step_models import TEXT_LIMIT, apply_blocks, fvlm_batch, fvlm_flops, fvlm_model, make_losses, make_step, padded
+from step_models import (
+    TEXT_LIMIT,
+    apply_blocks,
+    fvlm_batch,
+    fvlm_flops,
+    fvlm_model,
+    make_losses,
+    make_step,
+    padded,
+    whole_pixels,
+)
 
 from medclip_hf.training.objectives import FVLMObjective
 
@@ -30,17 +41,17 @@ VARIANTS: dict[str, Request] = {
 def prepare(request: Request) -> Prepared:
     """The step of one variant."""
     published = request.get("published", False)
-    model = fvlm_model("tiny" if request["tiny"] else "published")
+    device = device_here()
+    with device:
+        model = fvlm_model("tiny" if request["tiny"] else "published")
     batch = fvlm_batch(model.config, request["rows"])
     flops = fvlm_flops(model.config, batch)
-    device = device_here()
     apply_blocks(model.to(device), keep=request["keep"], compiled=request.get("compiled", False))
-    if published:
-        batch = padded(batch, TEXT_LIMIT["fvlm"])
+    batch = padded(batch, TEXT_LIMIT["fvlm"]) if published else whole_pixels(batch, 1000, torch.int16)
     objective, bf16 = FVLMObjective(model.config.anatomies), request.get("bf16", not published)
     micro = 1 if published else request["micro_batches"]
     step = make_step(model, objective, batch, device=device, fused=not published, bf16=bf16, micro_batches=micro)
-    return Prepared(step, make_losses(model, objective, batch, device=device, bf16=bf16), request["rows"], flops)
+    return Prepared(step, make_losses(model, objective, batch, device=device), request["rows"], flops)
 
 
 def main() -> None:

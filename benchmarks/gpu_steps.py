@@ -14,12 +14,17 @@ from step_models import in_own_process, peak_bytes, seconds_of
 
 # Dense bf16 without sparsity, as the makers state it; the first name that is part of the device's counts.
 PEAK_TFLOPS = {
+    "MIG": None,  # a slice of a GPU
+    "B200": 2250.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
     "H100": 989.0,
+    "H800 PCIe": 756.0,
     "H800": 989.0,
     "A100": 312.0,
+    "A800": 312.0,
     "L40S": 362.0,
 }
 
@@ -73,6 +78,8 @@ def measure(
         return
     if not torch.cuda.is_available() and not options.tiny:
         _stop("no GPU was found: the published size needs one. Use --tiny to try the script on a CPU.")
+    if min(*options.batches, options.repeats, options.micro_batches) < 1:
+        _stop("--batches, --repeats and --micro-batches are at least 1.")
     unknown = set(options.variants or ()) - variants.keys()
     if unknown:
         _stop(f"no variant {sorted(unknown)}; there are {list(variants)}.")

@@ -57,6 +57,8 @@ def open_clip_step(
 
     model.to(device)
     model.set_grad_checkpointing(recompute)
+    if device.type == "cuda":
+        batch = {name: batch[name].pin_memory() for name in ("pixel_values", "input_ids")}
     compare = SigLipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 

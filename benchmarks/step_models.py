@@ -2,10 +2,11 @@
 
 "published" restates what the releases do, on the package's own weights and inputs: full checkpointing, every text
 padded to its limit, similarities of all patches with all concepts kept for the backward pass (ConceptCLIP), float32 and
-texts of 384 tokens (fVLM), AdamW without a fused kernel.
+texts of 384 tokens (fVLM), AdamW without a fused kernel, pixels sent as float32.
 """
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import Tensor
 from torch.nn import functional as F
 
 from medclip_hf.modeling.conceptclip import ConceptCLIPConfig, ConceptCLIPModel
 from medclip_hf.modeling.fvlm import FVLMConfig, FVLMModel
+from medclip_hf.processing.pixels import SCALING
 from medclip_hf.training.acceleration import compile_blocks, recompute_blocks
 from medclip_hf.training.gradients import backward
 from medclip_hf.training.objectives import ConceptCLIPObjective
@@ -122,11 +125,32 @@ def padded(batch: Batch, limit: int) -> Batch:
     return {name: values for name, values in (batch | wide).items() if name != "text_lengths"}
 
 
+def whole_pixels(batch: Batch, scale: float, dtype: torch.dtype) -> Batch:
+    """The batch with pixels from 0 to `scale` in whole numbers, as the collators send them; the model scales them."""
+    pixel_values = batch["pixel_values"]
+    rows, channels = pixel_values.shape[:2]
+    scaling = torch.tensor([0.0, scale]).view(1, 2, 1).repeat(rows, 1, channels)
+    return batch | {"pixel_values": (scale * pixel_values).to(dtype), SCALING: scaling}
+
+
 class PlainConceptCLIPObjective(ConceptCLIPObjective):
-    """The losses as one would write them down: all logits at once, all similarities kept."""
+    """The losses as one would write them down: all logits at once, all similarities kept.
+
+    Args:
+        bf16: under autocast, as the release has them.
+    """
+
+    def __init__(self, *, bf16: bool = False) -> None:
+        super().__init__()
+        self.bf16 = bf16
 
     def compare(self, embeddings: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """IT-Align, and PC-Align where there are patches; one process."""
+        device_type = embeddings["image_embeds"].device.type
+        with torch.autocast(device_type, torch.bfloat16) if self.bf16 else nullcontext():
+            return self._compare(embeddings, batch)
+
+    def _compare(self, embeddings: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         images, texts = embeddings["image_embeds"], embeddings["text_embeds"]
         logits = embeddings["logit_scale"].mean() * images @ texts.T + embeddings["logit_bias"].mean()
         signs = 2 * torch.eye(len(images), device=logits.device) - 1
@@ -150,17 +174,33 @@ def make_step(
     device: torch.device,
     fused: bool = True,
     bf16: bool = False,
+    outputs_in_float32: bool = True,
     micro_batches: int = 1,
 ) -> Callable[[], Tensor]:
-    """One whole optimiser step as a function: transfer, forward, loss, backward, clipping, update."""
+    """One whole optimiser step as a function: transfer, forward, loss, backward, clipping, update.
+
+    Args:
+        model: computes under autocast from here on, with `bf16`.
+        objective: of the training loop.
+        batch: on the CPU; from pinned memory where the device is a GPU.
+        device: of the step.
+        fused: AdamW in one kernel.
+        bf16: as the loop has it: the model alone under autocast, its embeddings in float32.
+        outputs_in_float32: False leaves the embeddings as autocast gives them.
+        micro_batches: see `gradients.backward`.
+    """
     model.to(device)
+    if bf16:
+        forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+        model.forward = convert_outputs_to_fp32(forward) if outputs_in_float32 else forward
+    if device.type == "cuda":
+        batch = {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=fused)
     accelerator = Accelerator(cpu=device.type == "cpu")
 
     def step() -> Tensor:
         here = _moved(batch, device)
-        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            loss = backward(model, objective, here, micro_batches, accelerator)["loss"]
+        loss = backward(model, objective, here, micro_batches, accelerator)["loss"]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -176,23 +216,18 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
     }
 
 
-def make_losses(
-    model: torch.nn.Module, objective: Any, batch: Batch, *, device: torch.device, bf16: bool
-) -> Callable[[], Tensor]:
-    """The losses of a step with the gradients of the embeddings, alone, as a function."""
+def make_losses(model: torch.nn.Module, objective: Any, batch: Batch, *, device: torch.device) -> Callable[[], Tensor]:
+    """The losses of a step of `make_step` with the gradients of the embeddings, alone, as a function."""
     leaves: dict[str, Tensor] = {}
     here: Batch = {}
 
     def losses() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            if not leaves:
-                here.update(
-                    {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-                )
-                with torch.no_grad():
-                    found = objective.embed(model, here)
-                leaves.update({name: value.requires_grad_(value.is_floating_point()) for name, value in found.items()})
-            loss = objective.compare(leaves, here)["loss"]
+        if not leaves:
+            here.update(_moved(batch, device))
+            with torch.no_grad():
+                found = objective.embed(model, here)
+            leaves.update({name: value.requires_grad_(value.is_floating_point()) for name, value in found.items()})
+        loss = objective.compare(leaves, here)["loss"]
         loss.backward()
         return loss.detach()
 
@@ -237,8 +272,10 @@ def in_own_process(script: str, request: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, script, "--one", json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"ended by signal {-done.returncode}"]
-        return {"error": reason[0][:160]}
+        lines = done.stderr.strip().splitlines()
+        # Libraries may still have something to say after the error.
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)] or lines
+        return {"error": errors[-1][:160] if errors else f"ended by signal {-done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -45,6 +45,52 @@ def test_a_step_of_fvlm_runs(benchmark, variant):
     assert torch.isfinite(prepared.losses())
 
 
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA H200 NVL", 835.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_peak_is_that_of_the_device(benchmark, monkeypatch, name, tflops):
+    steps = benchmark("gpu_steps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert steps._peak_tflops() == tflops
+
+
+def test_a_variant_that_does_not_fit_is_told_in_the_words_of_the_device(benchmark, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('[W] something to say at the end', file=sys.stderr))\n"
+        "class OutOfMemoryError(RuntimeError): pass\n"
+        "raise OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.')\n"
+    )
+    told = benchmark("step_models").in_own_process(str(script), {})["error"]
+    assert "CUDA out of memory" in told
+
+
+def test_the_step_computes_in_the_precision_of_the_loop(benchmark):
+    models = benchmark("step_models")
+    model = models.conceptclip_model("tiny", dropout=0.0)
+    seen = []
+
+    class Objective(models.ConceptCLIPObjective):
+        def compare(self, embeddings, batch):
+            seen.append((embeddings["patch_embeds"].dtype, torch.is_autocast_enabled("cpu")))
+            return super().compare(embeddings, batch)
+
+    batch = models.whole_pixels(models.conceptclip_batch(model.config, 2), 255, torch.uint8)
+    models.make_step(model, Objective(), batch, device=torch.device("cpu"), bf16=True)()
+    assert seen == [(torch.float32, False)]
+
+
 def test_a_step_of_open_clip_without_open_clip_is_a_sentence_in_the_table(benchmark, monkeypatch):
     script = benchmark("gpu_conceptclip")
     monkeypatch.setattr(script, "why_not", lambda: "not measured: open_clip not installed")
@@ -64,6 +110,15 @@ def test_the_published_size_without_a_gpu_is_refused(benchmark, monkeypatch, cap
         script.main()
     assert stopped.value.code == 2
     assert "no GPU was found" in capsys.readouterr().err
+
+
+def test_a_batch_without_rows_is_refused(benchmark, monkeypatch, capsys):
+    script = benchmark("gpu_fvlm")
+    monkeypatch.setattr(sys, "argv", ["gpu_fvlm.py", "--tiny", "--batches", "0"])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == 2
+    assert "at least 1" in capsys.readouterr().err
 
 
 def test_the_plain_losses_are_those_of_the_package(benchmark):
