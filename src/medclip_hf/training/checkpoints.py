@@ -41,7 +41,8 @@ _OWN_FILES = (_MANIFEST, _RUN_STATE, _OBJECTIVE, "random_state-")
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 _TRAINED_WEIGHTS = "trained_weights.safetensors"
-_PIECE_BYTES = 2**26  # of a file under one checksum, by one thread: zlib reads 1.7 GB/s
+_PIECE_BYTES = 2**26  # of a file under one checksum, by one thread
+_BUFFER_BYTES = 2**20  # stays in the processor's cache
 _NUM_READERS = 8
 
 
@@ -496,9 +497,12 @@ def _checksums(folder: Path, names: list[str]) -> dict[str, list[int]]:
 
     def of_piece(piece: tuple[str, int]) -> int:
         name, start = piece
+        checksum, buffer = 0, memoryview(bytearray(_BUFFER_BYTES))
         with (folder / name).open("rb") as file:
             file.seek(start)
-            return zlib.crc32(file.read(_PIECE_BYTES))
+            for _ in range(_PIECE_BYTES // _BUFFER_BYTES):
+                checksum = zlib.crc32(buffer[: file.readinto(buffer)], checksum)
+        return checksum
 
     pieces = [(name, start) for name in names for start in range(0, (folder / name).stat().st_size, _PIECE_BYTES)]
     checksums: dict[str, list[int]] = {name: [] for name in names}
