@@ -65,7 +65,7 @@ def mean_with_interval(
     """
     samples = np.asarray(values, dtype=np.float64)
     if samples.ndim != 1:
-        raise ValueError(f"values must be finite and of shape (N,), got shape {samples.shape}")
+        raise ValueError(f"values must be one a sample, (N,), got shape {samples.shape}")
     options: dict[str, Any] = {"groups": groups, "num_resamples": num_resamples, "confidence": confidence, "seed": seed}
     return means_with_intervals(samples[:, None], **options)[0]
 
@@ -80,8 +80,10 @@ def means_with_intervals(
 ) -> list[Interval]:
     """`mean_with_interval` of each of F figures (N, F), all of them on the same resamples."""
     samples = np.asarray(values, dtype=np.float64)
-    if samples.ndim != 2 or not np.isfinite(samples).all():
-        raise ValueError(f"values must be finite and one row a sample, got shape {samples.shape}")
+    if samples.ndim != 2:
+        raise ValueError(f"values must be one row a sample, (N, F), got shape {samples.shape}")
+    if num_bad := int((~np.isfinite(samples)).sum()):
+        raise ValueError(f"values must be finite, but {num_bad} of {samples.size} are not: leave their samples out")
     if not len(samples):
         return [Interval(None, None, None)] * samples.shape[1]
     drawn = np.concatenate([np.zeros((0, samples.shape[1])), *resampled_means(samples, groups, num_resamples, seed)])
