@@ -275,7 +275,7 @@ def _each(
     if num_workers <= 1:
         yield from map(work, sources)
         return
-    context = fork_server(__name__, "torch")  # which takes seconds to import
+    context = fork_server(__name__, "monai.transforms")  # MONAI takes seconds to import
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker) as pool:
         futures = [pool.submit(work, source) for source in sources]
         try:

@@ -344,11 +344,10 @@ def _interpolate(values: NDArray[Any], size: tuple[int, int, int]) -> NDArray[np
     if values.shape == size:
         return values
     import torch
-    from torch.nn.functional import interpolate
+    from monai.transforms import Resize  # takes seconds to import
 
-    # The call that MONAI's Resize, which the recipe names, comes down to; importing MONAI takes 3 s and 200 MB.
-    resized = interpolate(torch.from_numpy(values)[None, None], size=size, mode="trilinear", align_corners=False)
-    return resized[0, 0].numpy()
+    resize = Resize(size, mode="trilinear", align_corners=False, anti_aliasing=False)
+    return torch.as_tensor(resize(torch.from_numpy(values)[None]))[0].numpy()
 
 
 def _nearest_indices(old: int, new: int) -> NDArray[np.intp]:
