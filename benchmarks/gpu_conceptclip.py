@@ -63,7 +63,8 @@ def prepare(request: Request) -> Prepared:
         return Prepared(step, losses, request["rows"], flops)
     apply_blocks(model.to(device), keep=request["keep"], compiled=request.get("compiled", False))
     batch = padded(batch, TEXT_LIMIT["conceptclip"]) if published else whole_pixels(batch, 255, torch.uint8)
-    objective = PlainConceptCLIPObjective(bf16=True) if published else ConceptCLIPObjective()
+    ours = ConceptCLIPObjective(search_dtype=torch.bfloat16)
+    objective = PlainConceptCLIPObjective(bf16=True) if published else ours
     step = make_step(
         model,
         objective,

@@ -128,11 +128,14 @@ def figure_text_job(started: Started, sections: dict[str, Any], _: None, acceler
     data, arguments = sections["data"], sections["training"]
     check_texts(data)
     size = started.model.config.vision_config.image_size
-    collator = FigureCollator(started.processor, text_length(started, data, 77))
+    collator = FigureCollator(started.processor, text_length(started, data, 77), raw_pixels=True)
     dataset = FigureDataset(
         data.folder, data.train_split, seed=arguments.seed, image_size=size, crop_scale=data.crop_scale
     )
-    objective = ConceptCLIPObjective(started.model.config.patch_concept_loss_weight)
+    objective = ConceptCLIPObjective(
+        started.model.config.patch_concept_loss_weight,
+        search_dtype=torch.bfloat16 if arguments.mixed_precision == "bf16" else None,
+    )
     evaluate_fn = None
     if data.validation_split is not None:
         validation = FigureDataset(data.folder, data.validation_split, image_size=size, crop_scale=None)
@@ -177,7 +180,7 @@ def recall_fn(
 def scan_text_job(started: Started, sections: dict[str, Any], _: None, accelerator: Accelerator) -> Job:
     """Scans and reports, anatomy by anatomy; the validation is the zero-shot AUROC of the labels, or the loss."""
     data, task, arguments = sections["data"], sections["task"], sections["training"]
-    collator = ScanCollator(started.processor, text_length(started, data, 384))
+    collator = ScanCollator(started.processor, text_length(started, data, 384), raw_pixels=True)
     objective = FVLMObjective(started.model.config.anatomies)
     dataset = open_scans(ScanDataset, started, data, data.train_split, seed=arguments.seed)
     evaluate_fn = None

@@ -89,7 +89,11 @@ def run(recipe: dict[str, Any], sections: dict[str, Any], resume: bool | Path, a
     model, processor = build_conceptclip(sections["model"], stage, captions, data.max_length)
     image_size = model.config.vision_config.image_size
     collator = FigureCollator(processor, data.max_length, raw_pixels=True)
-    objective = ConceptCLIPObjective(loss.patch_concept_loss_weight, loss.use_concept_identity)
+    objective = ConceptCLIPObjective(
+        loss.patch_concept_loss_weight,
+        loss.use_concept_identity,
+        search_dtype=torch.bfloat16 if arguments.mixed_precision == "bf16" else None,
+    )
 
     dataset = FigureDataset(
         data.folder, data.train_split, seed=arguments.seed, image_size=image_size, crop_scale=data.crop_scale

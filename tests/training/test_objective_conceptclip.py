@@ -19,6 +19,7 @@ from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, SiglipVisionConfig
 
+from medclip_hf.modeling.conceptclip import loss_conceptclip
 from medclip_hf.modeling.conceptclip.configuration_conceptclip import ConceptCLIPConfig
 from medclip_hf.modeling.conceptclip.loss_conceptclip import pool_concepts
 from medclip_hf.modeling.conceptclip.modeling_conceptclip import ConceptCLIPModel
@@ -256,6 +257,31 @@ def test_the_objective_is_the_models_own_loss(use_concept_identity):
         torch.testing.assert_close(values[name], expected.detach())
     torch.testing.assert_close(values["loss"], own.loss)
     torch.testing.assert_close(values["total_loss"], own.loss.detach())
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_the_best_patch_is_looked_for_in_the_precision_asked_for(
+    monkeypatch, num_micro_batches
+):
+    looked_for_in = set()
+
+    def search(patches, concepts, dtype):
+        looked_for_in.add(dtype)
+        return search_by_chunks(patches, concepts, dtype)
+
+    search_by_chunks = loss_conceptclip._search_by_chunks
+    monkeypatch.setattr(loss_conceptclip, "_search_by_chunks", search)
+    losses = []
+    for search_dtype in (None, torch.bfloat16):
+        model, batch = tiny_model().float(), make_batch(BATCH_CONCEPTS)
+        batch["pixel_values"] = batch["pixel_values"].float()
+        objective = ConceptCLIPObjective(search_dtype=search_dtype)
+        values = backward(model, objective, batch, num_micro_batches, PlainAccelerator())
+        losses.append(values["loss"])
+        assert looked_for_in == {search_dtype or torch.float32}
+        looked_for_in.clear()
+    # Where both find the same patch, or one as near, the loss is the same: nothing else is rounded.
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
 
 
 def test_concept_identity_changes_the_loss_of_captions_that_share_a_concept():

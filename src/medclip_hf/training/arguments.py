@@ -39,7 +39,8 @@ class RunArguments:
         layer_decay: factor on the learning rate from each block of a tower to the one below it, for fine-tuning (Clark
             et al., "ELECTRA", 2020); what lies above the blocks learns at the full rate. 1: the same everywhere.
         max_grad_norm: gradients are clipped to this norm; None: never.
-        mixed_precision: "bf16" runs the model under autocast; weights, optimiser and loss stay float32.
+        mixed_precision: "bf16" runs the model and the search for the best patch under autocast; weights, optimiser and
+            loss stay float32.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         keep_activations: with `gradient_checkpointing`, the share of each tower's blocks that recompute nothing: memory
             and time go from those of full checkpointing (0) to those of none (1).

@@ -41,6 +41,8 @@ class ConceptCLIPObjective:
             release counts it as one.
         rows_at_once: texts or concepts of all processes that meet this process's images at a time; it bounds the memory
             of the losses, whatever the number of processes.
+        search_dtype: precision in which the best patch is looked for, bfloat16 where the towers run in it; its
+            similarity is float32 all the same. None: that of the embeddings.
     """
 
     model_inputs = (
@@ -69,10 +71,12 @@ class ConceptCLIPObjective:
         patch_concept_loss_weight: float = 0.5,
         use_concept_identity: bool = True,
         rows_at_once: int = ROWS_AT_ONCE,
+        search_dtype: torch.dtype | None = None,
     ) -> None:
         self.patch_concept_loss_weight = patch_concept_loss_weight
         self.use_concept_identity = use_concept_identity
         self.rows_at_once = rows_at_once
+        self.search_dtype = search_dtype
 
     def split(self, batch: Batch, num_chunks: int) -> list[Batch]:
         """At most `num_chunks` micro-batches of nearly equal size; at least one, none empty unless the batch is.
@@ -207,17 +211,19 @@ class ConceptCLIPObjective:
 
         def share_of_block(block: Block, patches: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
             concept_to_image, *concept_ids = block.labels.unbind(1)
-            return patch_concept_alignment_loss(
-                patches,
-                block.rows,
-                concept_to_image,
-                scale,
-                bias,
-                first_image_index=concepts.first_image_index + first_row,
-                concept_ids=concept_ids[0] if concept_ids else None,
-                caption_concepts=None if concepts.ids is None else (concepts.to_image, concepts.ids),
-                num_concepts=sum(concepts.counts),
-            )
+            # Nothing in this loss but the search obeys autocast.
+            with torch.autocast(patches.device.type, self.search_dtype, enabled=self.search_dtype is not None):
+                return patch_concept_alignment_loss(
+                    patches,
+                    block.rows,
+                    concept_to_image,
+                    scale,
+                    bias,
+                    first_image_index=concepts.first_image_index + first_row,
+                    concept_ids=concept_ids[0] if concept_ids else None,
+                    caption_concepts=None if concepts.ids is None else (concepts.to_image, concepts.ids),
+                    num_concepts=sum(concepts.counts),
+                )
 
         return sum_over_blocks(
             share_of_block,
