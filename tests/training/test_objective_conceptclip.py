@@ -260,9 +260,7 @@ def test_the_objective_is_the_models_own_loss(use_concept_identity):
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
-def test_the_best_patch_is_looked_for_in_the_precision_asked_for(
-    monkeypatch, num_micro_batches
-):
+def test_the_best_patch_is_looked_for_in_the_precision_asked_for(monkeypatch, num_micro_batches):
     looked_for_in = set()
 
     def search(patches, concepts, dtype):
