@@ -72,11 +72,10 @@ class Encoder:
         concept_logit_bias: of the same.
         num_patches: of an image; 0 without patch heads.
         preprocess: (3, H, W) pixels of a picture (PIL image, path or encoded bytes), on the CPU; for loader workers.
-            uint8 where `pixel_scaling` tells what becomes of them, else as the model takes them.
-        forward_pixels: embeddings of (N, 3, H, W).
+            Whole numbers where `forward_pixels` scales them, else as the model takes them.
+        forward_pixels: embeddings of (N, 3, H, W) on the device.
         forward_texts: (K, D) of a batch of texts, L2-normalised.
         forward_classes: class and concept vectors of (names, templates); None: whole prompts alone.
-        pixel_scaling: (1, 2, 3) on `device`, see `processing.pixels`; None: `preprocess` scales.
     """
 
     name: str
@@ -92,7 +91,6 @@ class Encoder:
     forward_pixels: Callable[[Tensor], ImageEmbeddings]
     forward_texts: Callable[[list[str]], Tensor]
     forward_classes: Callable[[Sequence[str], Sequence[str]], ClassEmbeddings] | None = None
-    pixel_scaling: Tensor | None = None
 
     @property
     def has_patches(self) -> bool:
@@ -111,11 +109,9 @@ class Encoder:
 
     @torch.no_grad()
     def encode_pixels(self, pixel_values: Tensor) -> ImageEmbeddings:
-        """Embeddings of what `preprocess` gave, (N, 3, H, W); whole numbers are scaled on the device."""
-        batch = {"pixel_values": pixel_values.to(self.device, non_blocking=True)}
-        if self.pixel_scaling is not None:
-            batch[SCALING] = self.pixel_scaling
-        return self.forward_pixels(scaled_pixels(batch).to(self.dtype))
+        """Embeddings of what `preprocess` gave, (N, 3, H, W)."""
+        dtype = self.dtype if pixel_values.is_floating_point() else pixel_values.dtype
+        return self.forward_pixels(pixel_values.to(self.device, dtype, non_blocking=True))
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], batch_size: int = _TEXT_BATCH) -> Tensor:
@@ -262,10 +258,10 @@ def _conceptclip_encoder(
 ) -> Encoder:
     has_patches = bool(model.config.use_patch_concept_alignment)
     vision = model.config.vision_config
-    preprocess, scaling = _picture_reader(processor.image_processor)
+    preprocess, scale = _picture_reader(processor.image_processor, device)
 
     def forward_pixels(pixel_values: Tensor) -> ImageEmbeddings:
-        outputs = model(pixel_values=pixel_values, return_logits=False)
+        outputs = model(pixel_values=scale(pixel_values).to(dtype), return_logits=False)
         pooled = outputs.vision_model_output.pooler_output.float()
         patches = None if outputs.patch_embeds is None else outputs.patch_embeds.float()
         return ImageEmbeddings(_normalized(pooled), pooled.norm(dim=-1), patches)
@@ -288,16 +284,15 @@ def _conceptclip_encoder(
         forward_pixels=forward_pixels,
         forward_texts=forward_texts,
         forward_classes=lambda names, templates: embed_classes(model, processor, names, templates),
-        pixel_scaling=None if scaling is None else scaling.to(device),
     )
 
 
 def _transformers_encoder(model: Any, processor: Any, name: str, device: torch.device, dtype: torch.dtype) -> Encoder:
     text_options = _text_options(model, processor.tokenizer)
-    preprocess, scaling = _picture_reader(processor.image_processor)
+    preprocess, scale = _picture_reader(processor.image_processor, device)
 
     def forward_pixels(pixel_values: Tensor) -> ImageEmbeddings:
-        pooled = _pooled(model.get_image_features(pixel_values=pixel_values)).float()
+        pooled = _pooled(model.get_image_features(pixel_values=scale(pixel_values).to(dtype))).float()
         return ImageEmbeddings(_normalized(pooled), pooled.norm(dim=-1))
 
     def forward_texts(texts: list[str]) -> Tensor:
@@ -317,33 +312,40 @@ def _transformers_encoder(model: Any, processor: Any, name: str, device: torch.d
         preprocess=preprocess,
         forward_pixels=forward_pixels,
         forward_texts=forward_texts,
-        pixel_scaling=None if scaling is None else scaling.to(device),
     )
 
 
-def _picture_reader(image_processor: Any) -> tuple[Callable[[Any], Tensor], Tensor | None]:
-    """What makes pixels (3, H, W) of a picture, and the scaling (1, 2, 3) that is left to the device.
+def _picture_reader(
+    image_processor: Any, device: torch.device
+) -> tuple[Callable[[Any], Tensor], Callable[[Tensor], Tensor]]:
+    """What makes pixels (3, H, W) of a picture, and what makes the model's input of a batch of them on the device.
 
-    An image processor that only scales at its end hands over bytes instead: that spares a worker a third of its time
-    and three quarters of what it sends. Whether it does is tried on a picture; any other makes the model's input itself
-    and leaves no scaling.
+    An image processor that only scales at its end hands over bytes: that spares a worker a third of its time and three
+    quarters of what it sends. Whether it does is tried on a picture; any other makes the model's input itself.
     """
 
     def read(image: Any, **options: Any) -> Tensor:
         # The same reading for every model: 16 bits, transparency and EXIF must not decide who wins.
         return image_processor(images=to_rgb(image), return_tensors="pt", **options)["pixel_values"][0]
 
+    def as_it_is(pixel_values: Tensor) -> Tensor:
+        return pixel_values
+
     if not all(hasattr(image_processor, name) for name in ("do_rescale", "rescale_factor", "do_normalize")):
-        return read, None
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+        return read, as_it_is
+    scaling = figure_scaling(image_processor, 1).to(device)
     read_raw = partial(read, do_rescale=False, do_normalize=False)
-    raw, scaling = read_raw(picture), figure_scaling(image_processor, 1)
-    if raw.dtype != torch.uint8:
-        return read, None
-    scaled = scaled_pixels({"pixel_values": raw[None], SCALING: scaling})[0]
-    expected = read(picture)
-    is_same = scaled.shape == expected.shape and torch.allclose(scaled, expected.float(), atol=1e-5)
-    return (read_raw, scaling) if is_same else (read, None)
+
+    def scale(pixel_values: Tensor) -> Tensor:
+        is_scaled = pixel_values.is_floating_point()
+        return pixel_values if is_scaled else scaled_pixels({"pixel_values": pixel_values, SCALING: scaling})
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    raw, expected = read_raw(picture), read(picture).float()
+    if raw.dtype != torch.uint8 or raw.shape != expected.shape:
+        return read, as_it_is
+    is_same = torch.allclose(scale(raw[None].to(device))[0].cpu(), expected, atol=1e-5)
+    return (read_raw, scale) if is_same else (read, as_it_is)
 
 
 def _text_options(model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
