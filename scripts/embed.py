@@ -29,7 +29,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-import medclip_hf
 from medclip_hf.data.ct.scan_index import read_scan_rows
 from medclip_hf.data.parquet import SPLITS
 from medclip_hf.data.stages import Tally
@@ -168,7 +167,6 @@ def make_step(options: argparse.Namespace) -> PictureStep | ScanStep:
     Raises:
         ValueError: model, source or folder do not fit.
     """
-    medclip_hf.register()  # actors of Ray start without the models
     device = place_of(options)
     if options.prepared:
         return make_scan_step(options, device)
